@@ -202,7 +202,7 @@ def plan_cuda(ninja: NinjaFile, torch: toolchain.Torch, cuda: toolchain.Cuda) ->
     ninja.link(
         "gradcampp_ext/_cuda.so",
         [ninja.compile(source, nvcc, "cuda") for source in sources],
-        [cuda.nvcc, "-shared", "-cudart=static", "-Xlinker", "-z,defs"],
+        [cuda.nvcc, "-shared", "-nodlink", "-cudart=static", "-Xlinker", "-z,defs"],
         [f"-L{torch.root / 'lib'}", "-ltorch_cuda", "-ltorch_cpu", "-lc10"],
     )
 
