@@ -27,7 +27,7 @@ class BuildInfo:
     torch: str
     torch_cuda: str | None
     compiler: str
-    cpu_targets: tuple[str, ...]  # instruction sets compiled, slowest first
+    cpu_targets: tuple[str, ...]  # instruction sets compiled
     cuda: str | None  # CUDA toolkit's version; None if CUDA was left out
     cuda_architectures: tuple[str, ...]
     cuda_omitted: str | None  # why CUDA was left out
@@ -51,7 +51,7 @@ class Status:
     build: BuildInfo
     libraries: tuple[str, ...]
     cpu_capability: str  # instruction set in use
-    cpu_targets: tuple[str, ...]  # instruction sets that this machine can use, slowest first
+    cpu_capabilities: tuple[str, ...]  # instruction sets that this machine can use, best first
     cuda_missing: str | None  # why CUDA tensors cannot be used; None if they can
 
 
@@ -99,8 +99,10 @@ def status() -> Status:
     """
     import torch
 
-    libraries, build = load(), build_info()
-    capability: str = torch.ops.gradcampp_ext.cpu_capability()
+    from gradcampp_ext import ops as ops  # defines the operators that are asked below
+
+    libraries = load()
+    native = torch.ops.gradcampp_ext
     cuda_missing = libraries.cuda_missing
     if cuda_missing is None and not torch.cuda.is_available():
         cuda_missing = "torch finds no usable GPU (torch.cuda.is_available() is False)"
@@ -108,10 +110,10 @@ def status() -> Status:
         version=metadata.version("gradcampp_ext"),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
-        build=build,
+        build=build_info(),
         libraries=libraries.loaded,
-        cpu_capability=capability,
-        cpu_targets=build.cpu_targets[: build.cpu_targets.index(capability) + 1],
+        cpu_capability=native.cpu_capability(),
+        cpu_capabilities=tuple(native.cpu_capabilities().split(", ")),
         cuda_missing=cuda_missing,
     )
 

@@ -1,0 +1,48 @@
+# `make` lists the targets. All of them work in .venv, which they make from $(PYTHON).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
+NATIVE_SOURCES := $(shell find csrc -type f)
+BUILD_SOURCES := setup.py pyproject.toml $(wildcard _build_backend/*.py) $(NATIVE_SOURCES)
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+help: ## list the targets
+	@awk -F ': .*## ' '/^[a-z]+: .*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## explain real photographs into out/demo
+	$(BIN)/python -m gradcampp_ext.demo
+
+test: $(VENV)/test.stamp ## pytest; REQUIRE_CUDA=1 makes a missing GPU fail
+	$(BIN)/pytest
+
+check: $(VENV)/dev.stamp ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+build: $(VENV)/tools.stamp ## editable install; rebuilds what changed
+	$(INSTALL) --no-build-isolation -e .
+
+bench: $(VENV)/bench.stamp ## time the op into out/bench, with machine and commit
+	mkdir -p out/bench
+	$(BIN)/pytest benchmarks/bench_cam.py --benchmark-json out/bench/cam.json
+
+clean: ## remove what was built; .venv keeps its packages
+	rm -rf build dist out *.egg-info gradcampp_ext/*.so gradcampp_ext/_build_info.json
+	rm -f $(VENV)/*.stamp
+
+# torch comes first: the native libraries are compiled against the one that will run them.
+$(VENV)/tools.stamp: $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch setuptools pybind11 ninja
+	touch $@
+
+$(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_SOURCES)
+	$(INSTALL) --no-build-isolation -e '.[$*]'
+	touch $@
+
+.PHONY: help demo test check build bench clean
+.PRECIOUS: $(VENV)/%.stamp

@@ -1,0 +1,41 @@
+"""Devices, seeds and the report's header. `from conftest import devices` works in every test."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from gradcampp_ext import _native
+
+hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("deterministic")
+
+CUDA_MISSING = _native.status().cuda_missing
+
+
+def devices() -> list[str]:
+    """The devices to run a test on, for `pytest.mark.parametrize("device", devices())`."""
+    return ["cpu"] if CUDA_MISSING else ["cpu", "cuda"]
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from the global generator
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    if os.environ.get("REQUIRE_CUDA") == "1" and CUDA_MISSING:
+        raise pytest.UsageError(f"REQUIRE_CUDA=1, but CUDA cannot be used: {CUDA_MISSING}")
+
+
+def pytest_report_header() -> str:
+    status = _native.status()
+    cuda = f"without CUDA: {CUDA_MISSING}" if CUDA_MISSING else "with CUDA"
+    return f"gradcampp_ext: torch {status.torch}, {status.cpu_capability}, {cuda}"
