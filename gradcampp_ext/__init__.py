@@ -1,0 +1,42 @@
+"""Grad-CAM++ and its family for PyTorch: one fused native op, and all that stands around it.
+
+Names are loaded when they are first used, so that ``gradcampp_ext.arrays`` works where torch is
+not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradcampp_ext.explainer import Explainer as Explainer
+    from gradcampp_ext.explainer import Explanation as Explanation
+    from gradcampp_ext.imaging import overlay as overlay
+    from gradcampp_ext.methods import METHODS as METHODS
+    from gradcampp_ext.ops import cam as cam
+    from gradcampp_ext.ops import channel_weights as channel_weights
+
+_HOMES = {
+    "cam": "ops",
+    "channel_weights": "ops",
+    "overlay": "imaging",
+    "Explainer": "explainer",
+    "Explanation": "explainer",
+    "METHODS": "methods",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,277 @@
+"""The native op: schemas, fake implementations, argument checks.
+
+``cam`` and ``channel_weights`` are what users holding tensors call. The native libraries register
+their implementations under the schemas defined here, one library for each device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradcampp_ext import _native, methods
+
+_LIBRARY = torch.library.Library("gradcampp_ext", "DEF")
+_LIBRARY.define(
+    "cam(Tensor activations, Tensor gradients, str method, SymInt[]? size, str normalize, "
+    "str interpolation, bool relu, bool rectify, float eps, float temperature) -> Tensor"
+)
+_LIBRARY.define(
+    "channel_weights(Tensor activations, Tensor gradients, str method, bool rectify, float eps, "
+    "float temperature) -> Tensor"
+)
+_LIBRARY.define(
+    "overlay(Tensor images, Tensor maps, Tensor table, float image_weight, "
+    "float heatmap_weight) -> Tensor"
+)
+_LIBRARY.define("cpu_capability() -> str")
+_LIBRARY.define("cpu_capabilities() -> str")
+_native.load()
+
+NORMALIZE = ("minmax", "max", None)
+INTERPOLATION = ("linear", "nearest")
+
+
+@torch.library.register_fake("gradcampp_ext::cam")
+def _cam_fake(
+    activations: Tensor,
+    gradients: Tensor,
+    method: str,
+    size: Sequence[int] | None,
+    normalize: str,
+    interpolation: str,
+    relu: bool,
+    rectify: bool,
+    eps: float,
+    temperature: float,
+) -> Tensor:
+    pixels = activations.shape[2:] if size is None else size
+    shape = (*gradients.shape[:2], *pixels)
+    return activations.new_empty(shape, dtype=_map_dtype(activations))
+
+
+@torch.library.register_fake("gradcampp_ext::channel_weights")
+def _channel_weights_fake(
+    activations: Tensor,
+    gradients: Tensor,
+    method: str,
+    rectify: bool,
+    eps: float,
+    temperature: float,
+) -> Tensor:
+    return activations.new_empty(gradients.shape[:3], dtype=_map_dtype(activations))
+
+
+@torch.library.register_fake("gradcampp_ext::overlay")
+def _overlay_fake(
+    images: Tensor, maps: Tensor, table: Tensor, image_weight: float, heatmap_weight: float
+) -> Tensor:
+    return images.new_empty((*maps.shape, 3), dtype=torch.uint8)
+
+
+def cam(
+    activations: Tensor,
+    gradients: Tensor,
+    *,
+    method: str = "gradcampp",
+    size: Sequence[int] | None = None,
+    normalize: str | None = "minmax",
+    interpolation: str = "linear",
+    relu: bool = True,
+    rectify: bool | None = None,
+    eps: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Class activation maps of one layer, from its activations and gradients, in one fused pass.
+
+    The default method is Grad-CAM++ (arXiv:1710.11063, eq. 7 and 19, with Y = exp(score)):
+    L = relu(sum_c w_c A_c) with w_c = sum over positions with g > 0 of g / (2 + S_c g), where S_c
+    is the sum of A_c over space. That is eq. 19 with g^2 cancelled, so it needs no epsilon and
+    gradients of any size keep their digits. Grad-CAM++ is not invariant to the scale of the
+    gradients: a scaled loss must be unscaled first.
+
+    Nothing is copied to make it contiguous; contiguous and channels-last tensors and token
+    sequences viewed as maps are read at full speed.
+
+    Args:
+        activations: [N, C, *S], float16 to float64, S being one to three spatial sizes; what the
+            target layer put out.
+        gradients: d score / d activations, [N, C, *S], or [N, K, C, *S] for K targets of each
+            sample; dtype and device of activations.
+        method: a name from ``gradcampp_ext.methods.METHODS``, which gives the sources.
+        size: the map's size in pixels, one entry for each spatial dimension; None keeps feature
+            resolution. Pixels have half-pixel centres (``align_corners=False``).
+        normalize: "minmax", (L - min) / (max - min) of each map, zeros where max = min; "max",
+            L / max, zeros where max <= 0; None, raw values. Done before upsampling.
+        interpolation: "linear" (bilinear in 2-D, trilinear in 3-D) or "nearest".
+        relu: whether negative evidence is cut off before normalising.
+        rectify: whether A is replaced by relu(A). None: as the method has it, which is True for
+            the Grad-CAM++ methods: eq. 19 is derived for maps behind a ReLU and has poles
+            elsewhere. False is the literal formula.
+        eps: what other libraries add to alpha's denominator 2 g^2 + S g^3 (1e-6 or so), to S in
+            XGrad-CAM, and to the attention in "attention". None: as the method has it; the
+            paper's formula has none.
+        temperature: of the softmax in "attention"; greater is flatter.
+
+    Returns:
+        [N, *size] for gradients [N, C, *S], [N, K, *size] for [N, K, C, *S]; float32, or float64
+        for float64 input; in [0, 1] if normalised and ``relu``. Detached. A sample and target
+        with a non-finite activation or gradient gives NaN throughout its map, and no other.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or options do not fit; the message names the likely cause.
+    """
+    row = methods.get(method)
+    single, gradients = _check_pair(activations, gradients)
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {NORMALIZE}; got {normalize!r}")
+    if interpolation not in INTERPOLATION:
+        raise ValueError(f"interpolation must be one of {INTERPOLATION}; got {interpolation!r}")
+    if size is not None:
+        size = _check_size(size, activations.dim() - 2)
+    maps: Tensor = torch.ops.gradcampp_ext.cam(
+        activations.detach(),
+        gradients.detach(),
+        method,
+        size,
+        normalize or "none",
+        interpolation,
+        relu,
+        row.rectify if rectify is None else rectify,
+        _check_eps(row, eps),
+        _check_temperature(temperature),
+    )
+    return maps.squeeze(1) if single else maps
+
+
+def channel_weights(
+    activations: Tensor,
+    gradients: Tensor,
+    *,
+    method: str = "gradcampp",
+    rectify: bool | None = None,
+    eps: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Channel weights w of a method, with L = relu(sum_c w_c A_c).
+
+    Arguments as for :func:`cam`. "layercam", "hirescam" and "gradcam_elementwise" have no
+    channel weights.
+
+    Returns:
+        [N, C] for gradients [N, C, *S], [N, K, C] for [N, K, C, *S]; float32, or float64 for
+        float64 input.
+
+    Raises:
+        TypeError, ValueError: as :func:`cam`; ValueError for a method without channel weights.
+    """
+    row = methods.get(method)
+    if not row.channelwise:
+        raise ValueError(
+            f"method {method!r} weighs each element, not each channel; "
+            f"use one of {', '.join(m.name for m in methods.METHODS.values() if m.channelwise)}"
+        )
+    single, gradients = _check_pair(activations, gradients)
+    weights: Tensor = torch.ops.gradcampp_ext.channel_weights(
+        activations.detach(),
+        gradients.detach(),
+        method,
+        row.rectify if rectify is None else rectify,
+        _check_eps(row, eps),
+        _check_temperature(temperature),
+    )
+    return weights.squeeze(1) if single else weights
+
+
+def _map_dtype(activations: Tensor) -> torch.dtype:
+    return torch.float64 if activations.dtype == torch.float64 else torch.float32
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check_pair(activations: Tensor, gradients: Tensor) -> tuple[bool, Tensor]:
+    """Whether there is no dimension for targets, and the gradients with one."""
+    for name, value in (("activations", activations), ("gradients", gradients)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    shape = tuple(activations.shape)
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(
+            f"activations must be [N, C, *S] with one to three spatial sizes, got {shape}; "
+            "a token layer's output is viewed as a map first, see gradcampp_ext.layers"
+        )
+    if activations.dtype not in _DTYPES:
+        raise TypeError(
+            "activations must be float16, bfloat16, float32 or float64, "
+            f"got {str(activations.dtype).removeprefix('torch.')}"
+        )
+    if gradients.dtype != activations.dtype:
+        raise TypeError(
+            f"gradients must have the dtype of activations, {activations.dtype}, "
+            f"got {gradients.dtype}; were the gradients taken under another autocast setting?"
+        )
+    if gradients.device != activations.device:
+        raise ValueError(
+            f"gradients must be on the device of activations, {activations.device}, "
+            f"got {gradients.device}"
+        )
+    single = gradients.dim() == activations.dim()
+    fits = (
+        gradients.shape == activations.shape
+        if single
+        else (
+            gradients.dim() == activations.dim() + 1
+            and gradients.shape[0] == shape[0]
+            and gradients.shape[2:] == activations.shape[1:]
+        )
+    )
+    if not fits:
+        raise ValueError(
+            f"gradients must have the shape of activations, {shape}, or {_with_targets(shape)} "
+            f"for K targets, got {tuple(gradients.shape)}; "
+            "did the layer run twice in one forward?"
+        )
+    if 0 in shape[1:]:
+        raise ValueError(
+            f"activations must have at least one channel and one position, got {shape}; "
+            "is the input smaller than the network's stride?"
+        )
+    return single, gradients.unsqueeze(1) if single else gradients
+
+
+def _with_targets(shape: tuple[int, ...]) -> str:
+    return "({})".format(", ".join(map(str, (shape[0], "K", *shape[1:]))))
+
+
+def _check_size(size: Sequence[int], dims: int) -> list[int]:
+    if isinstance(size, int) or len(size) != dims:
+        raise ValueError(
+            f"size must have one entry for each of the {dims} spatial dimensions, got {size!r}"
+        )
+    for length in size:
+        if not isinstance(length, torch.SymInt) and (
+            isinstance(length, bool) or not isinstance(length, int) or length < 1
+        ):
+            raise ValueError(f"size must be positive integers, in pixels, got {tuple(size)!r}")
+    return list(size)
+
+
+def _check_eps(row: methods.Method, eps: float | None) -> float:
+    if eps is None:
+        return row.eps or 0.0
+    if row.eps is None and eps != 0:
+        raise ValueError(f"eps must be 0 or None: method {row.name!r} has no epsilon; got {eps}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    return float(eps)
+
+
+def _check_temperature(temperature: float) -> float:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and positive, got {temperature}")
+    return float(temperature)
