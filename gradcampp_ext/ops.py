@@ -6,13 +6,12 @@ their implementations under the schemas defined here, one library for each devic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradcampp_ext import _native, methods
+from gradcampp_ext import _native, checks, methods
 
 _LIBRARY = torch.library.Library("gradcampp_ext", "DEF")
 _LIBRARY.define(
@@ -30,9 +29,6 @@ _LIBRARY.define(
 _LIBRARY.define("cpu_capability() -> str")
 _LIBRARY.define("cpu_capabilities() -> str")
 _native.load()
-
-NORMALIZE = ("minmax", "max", None)
-INTERPOLATION = ("linear", "nearest")
 
 
 @torch.library.register_fake("gradcampp_ext::cam")
@@ -127,23 +123,18 @@ def cam(
     """
     row = methods.get(method)
     single, gradients = _check_pair(activations, gradients)
-    if normalize not in NORMALIZE:
-        raise ValueError(f"normalize must be one of {NORMALIZE}; got {normalize!r}")
-    if interpolation not in INTERPOLATION:
-        raise ValueError(f"interpolation must be one of {INTERPOLATION}; got {interpolation!r}")
-    if size is not None:
-        size = _check_size(size, activations.dim() - 2)
+    checks.options(normalize, interpolation)
     maps: Tensor = torch.ops.gradcampp_ext.cam(
         activations.detach(),
         gradients.detach(),
         method,
-        size,
+        None if size is None else checks.size(size, activations.dim() - 2),
         normalize or "none",
         interpolation,
         relu,
         row.rectify if rectify is None else rectify,
-        _check_eps(row, eps),
-        _check_temperature(temperature),
+        checks.eps(row, eps),
+        checks.temperature(temperature),
     )
     return maps.squeeze(1) if single else maps
 
@@ -169,20 +160,15 @@ def channel_weights(
     Raises:
         TypeError, ValueError: as :func:`cam`; ValueError for a method without channel weights.
     """
-    row = methods.get(method)
-    if not row.channelwise:
-        raise ValueError(
-            f"method {method!r} weighs each element, not each channel; "
-            f"use one of {', '.join(m.name for m in methods.METHODS.values() if m.channelwise)}"
-        )
+    row = checks.channelwise(method)
     single, gradients = _check_pair(activations, gradients)
     weights: Tensor = torch.ops.gradcampp_ext.channel_weights(
         activations.detach(),
         gradients.detach(),
         method,
         row.rectify if rectify is None else rectify,
-        _check_eps(row, eps),
-        _check_temperature(temperature),
+        checks.eps(row, eps),
+        checks.temperature(temperature),
     )
     return weights.squeeze(1) if single else weights
 
@@ -199,12 +185,6 @@ def _check_pair(activations: Tensor, gradients: Tensor) -> tuple[bool, Tensor]:
     for name, value in (("activations", activations), ("gradients", gradients)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    shape = tuple(activations.shape)
-    if not 3 <= len(shape) <= 5:
-        raise ValueError(
-            f"activations must be [N, C, *S] with one to three spatial sizes, got {shape}; "
-            "a token layer's output is viewed as a map first, see gradcampp_ext.layers"
-        )
     if activations.dtype not in _DTYPES:
         raise TypeError(
             "activations must be float16, bfloat16, float32 or float64, "
@@ -220,58 +200,5 @@ def _check_pair(activations: Tensor, gradients: Tensor) -> tuple[bool, Tensor]:
             f"gradients must be on the device of activations, {activations.device}, "
             f"got {gradients.device}"
         )
-    single = gradients.dim() == activations.dim()
-    fits = (
-        gradients.shape == activations.shape
-        if single
-        else (
-            gradients.dim() == activations.dim() + 1
-            and gradients.shape[0] == shape[0]
-            and gradients.shape[2:] == activations.shape[1:]
-        )
-    )
-    if not fits:
-        raise ValueError(
-            f"gradients must have the shape of activations, {shape}, or {_with_targets(shape)} "
-            f"for K targets, got {tuple(gradients.shape)}; "
-            "did the layer run twice in one forward?"
-        )
-    if 0 in shape[1:]:
-        raise ValueError(
-            f"activations must have at least one channel and one position, got {shape}; "
-            "is the input smaller than the network's stride?"
-        )
+    single = checks.pair(tuple(activations.shape), tuple(gradients.shape))
     return single, gradients.unsqueeze(1) if single else gradients
-
-
-def _with_targets(shape: tuple[int, ...]) -> str:
-    return "({})".format(", ".join(map(str, (shape[0], "K", *shape[1:]))))
-
-
-def _check_size(size: Sequence[int], dims: int) -> list[int]:
-    if isinstance(size, int) or len(size) != dims:
-        raise ValueError(
-            f"size must have one entry for each of the {dims} spatial dimensions, got {size!r}"
-        )
-    for length in size:
-        if not isinstance(length, torch.SymInt) and (
-            isinstance(length, bool) or not isinstance(length, int) or length < 1
-        ):
-            raise ValueError(f"size must be positive integers, in pixels, got {tuple(size)!r}")
-    return list(size)
-
-
-def _check_eps(row: methods.Method, eps: float | None) -> float:
-    if eps is None:
-        return row.eps or 0.0
-    if row.eps is None and eps != 0:
-        raise ValueError(f"eps must be 0 or None: method {row.name!r} has no epsilon; got {eps}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
-    return float(eps)
-
-
-def _check_temperature(temperature: float) -> float:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be finite and positive, got {temperature}")
-    return float(temperature)

@@ -51,6 +51,7 @@ const S* tensor_end(const void* data, int64_t channels, int64_t channel, const i
 }
 
 // Softmax over the cells of map / temperature, in place; NaN throughout where a cell is not finite.
+// The padding up to whole packs becomes zero: it is multiplied with masked activations.
 template <class T>
 void softmax(T* map, int64_t cells, double temperature) {
   double high = -__builtin_inf(), poison = 0, sum = 0;
@@ -64,6 +65,7 @@ void softmax(T* map, int64_t cells, double temperature) {
     const double value = ::exp(static_cast<double>(map[x]) / temperature - high) / sum;
     map[x] = static_cast<T>(value + poison);
   }
+  for (int64_t x = cells; x < rounded_up(cells, kLanes<T>); ++x) map[x] = 0;
 }
 
 // One call of the op.
