@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -35,7 +34,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mprefer-vector-width=512",
     ]
 
-COMPILE = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Icsrc"]
+COMPILE = ["-std=c++20", "-O3", "-Icsrc"]
+HOST = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DTORCH_STABLE_ONLY"]
 if sys.platform == "darwin":
     SHARED = ["-bundle", "-undefined", "dynamic_lookup"]
@@ -66,7 +66,9 @@ class NinjaFile:
         self.lines += [f"build {target}: compile {source}", f"  tool = {_quote(command)}"]
         return target
 
-    def link(self, library: str, objects: list[str], command: list[str], libraries: list[str]) -> None:
+    def link(
+        self, library: str, objects: list[str], command: list[str], libraries: list[str]
+    ) -> None:
         self.lines += [
             f"build {self._path(library)}: link {' '.join(objects)}",
             f"  tool = {_quote(command)}",
@@ -162,7 +164,7 @@ class BuildNative(build_ext):
 def plan_cpu(
     ninja: NinjaFile, compiler: list[str], torch: toolchain.Torch, numpy_library: str
 ) -> None:
-    cxx = [*compiler, *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE]
+    cxx = [*compiler, *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE, *HOST]
     link = [*compiler, *shlex.split(os.environ.get("LDFLAGS", "")), *SHARED]
     kernels = [
         ninja.compile("csrc/cpu/kernels.cpp", [*cxx, *flags, f"-DGCPP_TARGET={name}"], name)
@@ -186,13 +188,11 @@ def plan_cpu(
 
 
 def plan_cuda(ninja: NinjaFile, torch: toolchain.Torch, cuda: toolchain.Cuda) -> None:
-    host = [flag for flag in COMPILE if flag not in ("-std=c++20", "-O3", "-Icsrc")]
-    nvcc = [cuda.nvcc, "-std=c++20", "-O3", "-Icsrc", "--threads=2", "-DUSE_CUDA", *STABLE_ABI]
+    nvcc = [cuda.nvcc, *COMPILE, "--threads=2", "-DUSE_CUDA", *STABLE_ABI]
     if "CXX" in os.environ:
         nvcc += ["-ccbin", toolchain.find_compiler()[-1]]
-    nvcc += [part for flag in host for part in ("-Xcompiler", flag)]
-    include = _include(torch.root / "include")
-    nvcc += [include[0], "-Xcompiler", include[1]]
+    folder, prefix_map = _include(torch.root / "include")
+    nvcc += [folder, *(f"-Xcompiler={flag}" for flag in (*HOST, prefix_map))]
     for architecture in cuda.architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
         nvcc.append(f"-gencode=arch=compute_{number},code=sm_{number}")

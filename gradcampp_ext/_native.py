@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -80,15 +80,15 @@ def build_info() -> BuildInfo:
     """
     file = _FOLDER / "_build_info.json"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ImportError(
             f"the native libraries of gradcampp_ext are not built: there is no {file}; "
             "if this is a source folder, run `pip install -e .` in it or import from elsewhere"
         ) from None
-    return BuildInfo(
-        **{name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()}
-    )
+    for name in ("cpu_targets", "cuda_architectures"):
+        facts[name] = tuple(facts[name])
+    return BuildInfo(**facts)
 
 
 def status() -> Status:
@@ -143,7 +143,9 @@ def _cuda_mismatch(build: BuildInfo, torch: ModuleType) -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     if torch.version.cuda.split(".")[0] != build.cuda.split(".")[0]:
-        return f"built for CUDA {build.cuda}, but torch {torch.__version__} has {torch.version.cuda}"
+        return (
+            f"built for CUDA {build.cuda}, but torch {torch.__version__} has {torch.version.cuda}"
+        )
     return None
 
 
@@ -154,12 +156,14 @@ def _cpu_failure(file: Path, error: OSError, build: BuildInfo, torch: ModuleType
     elif not file.exists():
         cause = "the file is missing, the installation is incomplete; install gradcampp_ext again"
     else:
-        cause = "it was built for another platform or C++ library; install gradcampp_ext from source"
+        cause = (
+            "it was built for another platform or C++ library; install gradcampp_ext from source"
+        )
     return (
         "gradcampp_ext's native operators cannot be loaded\n"
         f"  tried: {file}\n"
         f"  error: {error.__cause__ or error}\n"
-        f"  built with: torch {build.torch} (any torch from {minimum} on will do), {build.compiler}\n"
-        f"  found: torch {torch.__version__}\n"
+        f"  built with: torch {build.torch}, {build.compiler}\n"
+        f"  found: torch {torch.__version__}; torch {minimum} or newer is needed\n"
         f"  likely cause: {cause}"
     )

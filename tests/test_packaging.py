@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,23 @@ def test_installed_wheel_computes(installed: Path, code: str) -> None:
 
 
 def test_installed_command_line_starts(installed: Path) -> None:
-    assert "0.1.0" in run([str(installed.parent / "gradcampp"), "info"], installed.parent)
+    output = run([str(installed.parent / "gradcampp"), "info"], installed.parent)
+    assert metadata.version("gradcampp_ext") in output
+
+
+def test_torch_is_found_around_an_isolated_build() -> None:
+    # -S leaves the site-packages out of the path, as pip's isolation does.
+    code = "import gradcampp_toolchain as t; print(t.find_torch().root)"
+    environment = {"PYTHONPATH": str(CHECKOUT / "_build_backend")}
+    root = run([sys.executable, "-S", "-c", code], CHECKOUT, **environment).strip()
+    assert Path(root) == Path(torch.__file__).parent
+
+
+def test_torch_below_the_stable_abi_is_passed_over(toolchain, tmp_path, monkeypatch):
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\ncuda = None\n")
+    monkeypatch.setattr(toolchain, "_importable_torch", lambda: tmp_path)
+    monkeypatch.setattr(toolchain, "_outer_torch", lambda: None)
+    assert toolchain.find_torch() is None
 
 
 @pytest.mark.parametrize(
