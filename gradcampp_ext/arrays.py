@@ -98,7 +98,7 @@ def _check_pair(activations: Array, gradients: Array) -> tuple[bool, Array, Arra
     for name, value in (("activations", activations), ("gradients", gradients)):
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
-    if activations.dtype not in _DTYPES:
+    if activations.dtype.newbyteorder("=") not in _DTYPES:
         raise TypeError(
             f"activations must be float16, float32 or float64, got {activations.dtype}"
         )

@@ -68,12 +68,12 @@ def eps(row: methods.Method, value: float | None) -> float:
         return row.eps or 0.0
     if row.eps is None and value != 0:
         raise ValueError(f"eps must be None or 0: method {row.name!r} has no epsilon; got {value}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {value}")
     return float(value)
 
 
 def temperature(value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"temperature must be finite and positive, got {value}")
     return float(value)

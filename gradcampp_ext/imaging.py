@@ -289,13 +289,13 @@ def _table(name: str) -> Pixels:
     try:
         import matplotlib
 
-        colours = matplotlib.colormaps[name](np.linspace(0, 1, 256), bytes=True)
+        colours = matplotlib.colormaps[name](np.linspace(0, 1, 256))
     except (ImportError, KeyError):
         raise ValueError(
             f"colormap must be one of {', '.join(_tables())} (with _r: reversed), or any other of "
             f"Matplotlib's where that is installed; got {name!r}"
         ) from None
-    return np.asarray(colours[:, :3], dtype=np.uint8)
+    return np.asarray((255 * colours[:, :3]).round(), dtype=np.uint8)
 
 
 def overlay(
@@ -319,18 +319,21 @@ def overlay(
     """
     import torch
 
+    from gradcampp_ext import ops  # noqa: F401 - defines the operators
+
     pictures = torch.as_tensor(images, device=maps.device)
-    if pictures.ndim == 4 and pictures.shape[-1] != 3 and pictures.shape[1] == 3:
+    if maps.ndim == 3 and pictures.shape == (len(maps), 3, *maps.shape[1:]):
         pictures = pictures.permute(0, 2, 3, 1)
     if pictures.shape != (*maps.shape, 3):
         raise ValueError(
             f"images must be [N, H, W, 3] or [N, 3, H, W] with the N, H, W of maps, "
             f"{tuple(maps.shape)}; got {tuple(pictures.shape)}; was size given to the explainer?"
         )
-    if pictures.is_floating_point():
-        pictures = pictures * 255
+    if pictures.dtype != torch.uint8:
+        pictures = pictures.float()
     table = torch.from_numpy(_table(colormap).copy()).to(maps.device)
-    colours = table[(maps.clamp(0, 1) * 255).round().long()]
     weight = 1 - alpha if image_weight is None else image_weight
-    blend = weight * pictures.to(torch.float32) + alpha * colours.to(torch.float32)
-    return blend.round().clamp(0, 255).to(torch.uint8)
+    blend: torch.Tensor = torch.ops.gradcampp_ext.overlay(
+        pictures.detach(), maps.detach().float(), table, weight, alpha
+    )
+    return blend
