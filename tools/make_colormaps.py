@@ -26,8 +26,8 @@ CREDITS = {
 
 def table(name: str) -> str:
     """256 colours as hexadecimal RRGGBB, one after the other."""
-    colours = matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]
-    return colours.astype(np.uint8).tobytes().hex()
+    colours = matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]
+    return (255 * colours).round().astype(np.uint8).tobytes().hex()
 
 
 target = Path(__file__).parent.parent / "gradcampp_ext" / "data" / "colormaps.json"
