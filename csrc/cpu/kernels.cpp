@@ -13,11 +13,12 @@
 namespace gradcampp::GCPP_TARGET {
 namespace {
 
-// A tile of activations is read twice; a part of a small L2 cache holds it in between.
-constexpr int64_t kTileBytes = 256 * 1024;
-// Channels of a tile: whole cache lines where channels are neighbours, a few rows elsewhere.
-constexpr int64_t kLineChannels = 32;
+// Channels of a tile, whose activations are read twice: a few rows that stay in L2 where positions
+// are neighbours; where channels are, all of them, so that memory is read in order, as long as the
+// tile stays in a core's share of L3.
 constexpr int64_t kRowChannels = 16;
+constexpr int64_t kLineChannels = 64;
+constexpr int64_t kTileBytes = 4 * 1024 * 1024;
 // Under this many bytes a second thread costs more than it saves.
 constexpr int64_t kBytesPerWorker = 32 * 1024;
 
@@ -114,8 +115,9 @@ class Cam {
   using T = Accumulator<S>;
 
   struct Scratch {  // of one worker
-    T* totals;      // [tile]
-    T* weights;     // [targets, tile]
+    T* totals;      // [tile_stride]
+    T* second;      // [tile_stride]
+    T* weights;     // [targets, tile_stride]
     T* staged_a;    // [tile, positions]
     T* staged_g;    // [tile, positions]
     T* maps;        // [targets, map_stride]: where a worker has whole samples
@@ -186,6 +188,7 @@ class Cam {
       tile_ = larger(kTileBytes / row_bytes / kLineChannels, 1) * kLineChannels;
     }
     tile_ = smaller(tile_, args_.channels);
+    tile_stride_ = rounded_up(tile_, kLanes<T>);
   }
 
   void choose_units() {
@@ -205,8 +208,9 @@ class Cam {
     const int64_t whole_maps = slices_ == 1 ? args_.targets * map_stride_ : 0;
     const int64_t staged = tile_ * positions_ + kLanes<T>;
     Scratch scratch;
-    scratch.totals = arena.take<T>(tile_);
-    scratch.weights = arena.take<T>(args_.targets * tile_);
+    scratch.totals = arena.take<T>(tile_stride_);
+    scratch.second = arena.take<T>(tile_stride_);
+    scratch.weights = arena.take<T>(args_.targets * tile_stride_);
     scratch.staged_a = arena.take<T>(stage_a_ ? staged : 0);
     scratch.staged_g = arena.take<T>(stage_g_ ? staged : 0);
     scratch.maps = arena.take<T>(whole_maps);
@@ -378,7 +382,7 @@ class Cam {
 
   void put_weights(int64_t n, int64_t c, int64_t width, const T* weights) const {
     for (int64_t k = 0; k < args_.targets; ++k) {
-      memcpy(weights_output(n, k, c), weights + k * tile_, static_cast<size_t>(width) * sizeof(T));
+      memcpy(weights_output(n, k, c), weights + k * tile_stride_, static_cast<size_t>(width) * sizeof(T));
     }
   }
 
@@ -395,17 +399,23 @@ class Cam {
         if (args_.weights != nullptr && !attention_) {
           put_weights(n, c, width, own.weights);
         } else {
-          add_weighted(a, floor_, own.weights, tile_, args_.targets, maps, map_stride_);
+          add(a, own, maps);
         }
       });
     });
   }
 
   template <class A>
+  void add(const Tile<A>& a, const Scratch& own, T* maps) const {
+    auto step = total_ ? add_weighted<true, A> : add_weighted<false, A>;
+    step(a, floor_, own.weights, tile_stride_, args_.targets, maps, map_stride_);
+  }
+
+  template <class A>
   void weigh_target(int64_t n, int64_t k, int64_t c, int64_t width, const Tile<A>& a,
                     const Scratch& own, T* map) const {
     const S* data = gradients(n, k, c);
-    T* weights = own.weights + k * tile_;
+    T* weights = own.weights + k * tile_stride_;
     if (stage_g_) {
       const Tile<T> g = stage(data, g_walk_, width, own.staged_g);
       // A rule that reads A too has it staged as well; for the others any tile will do.
@@ -414,7 +424,8 @@ class Cam {
       if (elementwise_) {
         staged_elements_(g, beside, floor_, map);
       } else {
-        staged_weights_(g, beside, own.totals, floor_, T(args_.eps), weights);
+        staged_weights_(g, beside, own.totals, floor_, T(args_.eps), own.second,
+                        weights);
       }
     } else {
       const Tile<S> g = direct(data, g_end_, g_walk_, width);
@@ -423,7 +434,8 @@ class Cam {
       if (elementwise_) {
         elements_(g, beside, floor_, map);
       } else {
-        weights_(g, beside, own.totals, floor_, T(args_.eps), weights);
+        weights_(g, beside, own.totals, floor_, T(args_.eps), own.second,
+                        weights);
       }
     }
   }
@@ -436,12 +448,12 @@ class Cam {
       with_activations(n, c, width, own, [&](auto a) {
         for (int64_t k = 0; k < args_.targets; ++k) {
           attended_means(a, attention + k * map_stride_, floor_, T(args_.eps),
-                         own.weights + k * tile_);
+                         own.weights + k * tile_stride_);
         }
         if (args_.weights != nullptr) {
           put_weights(n, c, width, own.weights);
         } else {
-          add_weighted(a, floor_, own.weights, tile_, args_.targets, maps, map_stride_);
+          add(a, own, maps);
         }
       });
     });
@@ -453,7 +465,7 @@ class Cam {
 
   const CamArguments& args_;
   const Parallel& parallel_;
-  int64_t positions_, map_stride_, tile_;
+  int64_t positions_, map_stride_, tile_, tile_stride_;
   int64_t workers_, slices_;
   T floor_;
   bool attention_ = false, elementwise_ = false, total_ = false, pair_ = false;
@@ -461,8 +473,8 @@ class Cam {
   Walk a_walk_, g_walk_;
   const S* a_end_;
   const S* g_end_;
-  void (*weights_)(const Tile<S>&, const Tile<S>&, const T*, T, T, T*) = nullptr;
-  void (*staged_weights_)(const Tile<T>&, const Tile<T>&, const T*, T, T, T*) = nullptr;
+  void (*weights_)(const Tile<S>&, const Tile<S>&, const T*, T, T, T*, T*) = nullptr;
+  void (*staged_weights_)(const Tile<T>&, const Tile<T>&, const T*, T, T, T*, T*) = nullptr;
   void (*elements_)(const Tile<S>&, const Tile<S>&, T, T*) = nullptr;
   void (*staged_elements_)(const Tile<T>&, const Tile<T>&, T, T*) = nullptr;
   char* scratch_ = nullptr;

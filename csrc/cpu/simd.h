@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -11,7 +12,6 @@
 #include <arm_neon.h>
 #endif
 
-#include "math/methods.h"
 #include "math/platform.h"
 
 namespace gradcampp::GCPP_TARGET {
@@ -23,6 +23,30 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
+
+template <class T>
+struct PackOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Pack = typename PackOf<T>::type;
+template <class T>
+using Mask = decltype(Pack<T>{} > Pack<T>{});  // all bits of a lane set, or none
+
+// 1 / v by the machine's estimate and one step of Newton's method, within 2 units in the last
+// place; several times the speed of a division. Infinite v gives NaN, zero gives NaN or infinity.
+GCPP_HOST_DEVICE Pack<float> reciprocal(Pack<float> v) {
+#if defined(__AVX512F__)
+  const Pack<float> estimate = (Pack<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
+#elif defined(__AVX__)
+  const Pack<float> estimate = (Pack<float>)_mm256_rcp_ps((__m256)v);
+#else
+  return 1 / v;
+#endif
+#if defined(__AVX__)
+  return estimate + estimate * (1 - v * estimate);
+#endif
+}
 
 // Storage formats without arithmetic of their own.
 struct Half {
@@ -37,15 +61,6 @@ using Accumulator = std::conditional_t<std::is_same_v<S, double>, double, float>
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-
-template <class T>
-struct PackOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-};
-template <class T>
-using Pack = typename PackOf<T>::type;
-template <class T>
-using Mask = decltype(Pack<T>{} > Pack<T>{});  // all bits of a lane set, or none
 
 template <class T>
 GCPP_HOST_DEVICE Pack<T> broadcast(T value) {
@@ -131,18 +146,36 @@ GCPP_HOST_DEVICE Pack<Accumulator<S>> load_first(const S* p, int64_t count, cons
 // Sum of the lanes, in a fixed order.
 template <class T>
 GCPP_HOST_DEVICE T lane_sum(Pack<T> v) {
-  constexpr int lanes = kLanes<T>;
-  if constexpr (lanes == 16) {
-    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  } else if constexpr (lanes == 8) {
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-  } else if constexpr (lanes == 4) {
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
-  return v[0] + v[1];
+  return lane[0];
+}
+
+// Lane l takes bit kBit of its number away from `a` or, where the bit is set, from `b`:
+// sums of neighbours of both in one pack.
+template <int kBit, class V, int... l>
+GCPP_HOST_DEVICE V pair_sums(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int lanes = sizeof...(l);
+  return __builtin_shufflevector(a, b, (l & kBit ? lanes + l : l)...) +
+         __builtin_shufflevector(a, b, (l & kBit ? lanes + (l ^ kBit) : l ^ kBit)...);
+}
+
+// The sums of the lanes of kLanes packs in one pack: a transposition that adds as it goes.
+template <class T, int kBit = 1>
+GCPP_HOST_DEVICE Pack<T> lane_sums(const Pack<T>* v) {
+  constexpr int lanes = kLanes<T>;
+  Pack<T> half[lanes / kBit / 2];
+  for (int i = 0; i < lanes / kBit / 2; ++i) {
+    half[i] = pair_sums<kBit>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, lanes>{});
+  }
+  if constexpr (2 * kBit == lanes) {
+    return half[0];
+  } else {
+    return lane_sums<T, 2 * kBit>(half);
+  }
 }
 
 // A value of a storage format on its own.
@@ -163,3 +196,5 @@ GCPP_HOST_DEVICE int64_t rounded_up(int64_t value, int64_t multiple) {
 }
 
 }  // namespace gradcampp::GCPP_TARGET
+
+#include "math/methods.h"  // after reciprocal(), of which its rules use this version for packs

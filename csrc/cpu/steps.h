@@ -3,8 +3,8 @@
 //   channel_weights    w_c          reads G, given S_c
 //   add_weighted       L += w_c A   reads A again, from cache
 //   add_elements       L += rule    reads A and G, for rules without channel weights
-// Each has two loops, one for each order of the elements in memory. Maps are rows of positions
-// padded to whole packs; what stands in the padding is never read as part of the map.
+// Each has two loops, one for each order of the elements in memory, and both read memory in the
+// order in which it lies. Maps and per-channel arrays are padded to whole packs.
 #pragma once
 
 #include "cpu/simd.h"
@@ -18,6 +18,16 @@ template <class V>
 GCPP_HOST_DEVICE V above(V a, V floor) {
   return a * select(a > floor, one<V>(), zero<V>());
 }
+// The same in one instruction, for where -inf has shown itself before.
+template <class V>
+GCPP_HOST_DEVICE V floored(V a, V floor) {
+  return select(a < floor, floor, a);
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
 
 // Calls f(j, x, n) for packs of n elements from x on; j < 4 tells independent chains apart.
 template <class T, class F>
@@ -47,184 +57,160 @@ GCPP_HOST_DEVICE Pack<Accumulator<S>> load_n(const S* p, int64_t n, const S* end
   return n == kLanes<Accumulator<S>> ? load(p) : load_first(p, n, end);
 }
 
-// Sums over the positions of one channel (space inner).
-// term(offset, n, first, second) adds the pack at `offset` of the channel's row.
-template <class T, class Term>
-GCPP_HOST_DEVICE void row_sums(int64_t positions, T& first, T& second, Term term) {
-  Pack<T> f[4] = {}, s[4] = {};
-  sweep<T>(positions, [&](int j, int64_t x, int64_t n) __attribute__((always_inline)) {
-    term(x, n, f[j], s[j]);
-  });
-  first = lane_sum<T>((f[0] + f[1]) + (f[2] + f[3]));
-  second = lane_sum<T>((s[0] + s[1]) + (s[2] + s[3]));
-}
+// Asks for a cache line that a later group of positions will read. Addresses behind the tensor are
+// harmless: a prefetch never faults.
+GCPP_HOST_DEVICE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Sums over the positions of kColumns packs of neighbouring channels (channel inner).
-// term(j, position, first, second) adds pack j at that position. Sums of 64 positions are summed
-// in turn: a single chain over a 112 x 112 map would lose two digits.
-template <class T, int kColumns, class Term>
-GCPP_HOST_DEVICE void column_sums(int64_t positions, Pack<T>* first, Pack<T>* second, Term term) {
-  constexpr int64_t kChain = 64;
-  for (int j = 0; j < kColumns; ++j) first[j] = second[j] = Pack<T>{};
-  for (int64_t begin = 0; begin < positions; begin += kChain) {
-    const int64_t end = smaller(begin + kChain, positions);
-    Pack<T> f[kColumns] = {}, s[kColumns] = {};
-    for (int64_t x = begin; x < end; ++x) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kColumns; ++j) term(j, x, f[j], s[j]);
+// Sums over the positions of each channel where positions are neighbours.
+// term(c, x, n, first, second) adds n positions of channel c from x on; result(c, first, second)
+// takes the sums of a pack of channels from c on.
+template <class T, class Term, class Result>
+GCPP_HOST_DEVICE void row_sums(int64_t channels, int64_t positions, Term term, Result result) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t begin = 0; begin < channels; begin += lanes) {
+    Pack<T> first[lanes] = {}, second[lanes] = {};
+    for (int64_t i = 0; i < smaller(lanes, channels - begin); ++i) {
+      Pack<T> f[4] = {}, s[4] = {};
+      sweep<T>(positions, [&](int j, int64_t x, int64_t n) __attribute__((always_inline)) {
+        term(begin + i, x, n, f[j], s[j]);
+      });
+      first[i] = (f[0] + f[1]) + (f[2] + f[3]);
+      second[i] = (s[0] + s[1]) + (s[2] + s[3]);
     }
-    for (int j = 0; j < kColumns; ++j) {
-      first[j] += f[j];
-      second[j] += s[j];
-    }
+    result(begin, lane_sums<T>(first), lane_sums<T>(second));
   }
 }
 
-// Runs block(c, columns, n) over the channels of a tile: `columns` whole packs at a time (4 or
-// 1), the last pack with n channels. The tag carries `columns` as a constant.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-template <class T, class Block>
-GCPP_HOST_DEVICE void for_columns(int64_t channels, Block block) {
+// Sums over the positions of each channel where channels are neighbours: all channels of eight
+// positions at a time. term(c, x, n, first, second) adds n channels from c on at position x.
+template <class T, class Term>
+GCPP_HOST_DEVICE void column_sums(int64_t channels, int64_t positions, T* first, T* second,
+                                  Term term) {
   constexpr int64_t lanes = kLanes<T>;
-  int64_t c = 0;
-  for (; c + 4 * lanes <= channels; c += 4 * lanes) block(c, Constant<4>{}, lanes);
-  for (; c < channels; c += lanes) block(c, Constant<1>{}, smaller(lanes, channels - c));
-}
-
-// Stores a pack of per-channel results; the last pack may be cut.
-template <class T>
-GCPP_HOST_DEVICE void store_n(T* p, Pack<T> v, int64_t n) {
-  std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(T));
+  for (int64_t c = 0; c < channels; c += lanes) {
+    store(first + c, Pack<T>{});
+    if (second != nullptr) store(second + c, Pack<T>{});
+  }
+  auto group = [&](auto count, int64_t x) __attribute__((always_inline)) {
+    auto pack = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      Pack<T> f{}, s{};
+#pragma GCC unroll 8
+      for (int i = 0; i < decltype(count)::value; ++i) term(c, x + i, n, f, s);
+      store(first + c, load(first + c) + f);
+      if (second != nullptr) store(second + c, load(second + c) + s);
+    };
+    int64_t c = 0;
+    for (; c + lanes <= channels; c += lanes) pack(c, lanes);
+    if (c < channels) pack(c, channels - c);
+  };
+  int64_t x = 0;
+  for (; x + 8 <= positions; x += 8) group(Constant<8>{}, x);
+  for (; x < positions; ++x) group(Constant<1>{}, x);
 }
 
 template <class S, class T = Accumulator<S>>
 void activation_totals(const Tile<S>& a, T floor_value, T* totals) {
   const Pack<T> floor = broadcast<T>(floor_value);
   if (a.order == Order::kSpaceInner) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      const S* row = a.data + c * a.channel;
-      T unused;
-      row_sums<T>(a.positions, totals[c], unused,
-                  [&](int64_t x, int64_t n, Pack<T>& sum, Pack<T>&) __attribute__((always_inline)) {
-                    sum += above(load_n(row + x, n, a.end), floor);
-                  });
-    }
-    return;
-  }
-  for_columns<T>(a.channels, [&](int64_t c, auto columns, int64_t n) {
-    constexpr int kColumns = decltype(columns)::value;
-    Pack<T> sum[kColumns], unused[kColumns];
-    const S* column = a.data + c;
-    column_sums<T, kColumns>(
-        a.positions, sum, unused,
-        [&](int j, int64_t x, Pack<T>& first, Pack<T>&) __attribute__((always_inline)) {
-          const S* p = column + x * a.position + j * kLanes<T>;
-          first += above(load_n(p, n, a.end), floor);
+    row_sums<T>(
+        a.channels, a.positions,
+        [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&) __attribute__((always_inline)) {
+          sum += above(load_n(a.data + c * a.channel + x, n, a.end), floor);
+        },
+        [&](int64_t c, Pack<T> sum, Pack<T>) { store(totals + c, sum); });
+  } else {
+    column_sums<T>(
+        a.channels, a.positions, totals, nullptr,
+        [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&) __attribute__((always_inline)) {
+          const S* p = a.data + x * a.position + c;
+          prefetch(p + 8 * a.position);
+          sum += above(load_n(p, n, a.end), floor);
         });
-    for (int j = 0; j < kColumns; ++j) store_n(totals + c + j * kLanes<T>, sum[j], n);
-  });
+  }
 }
 
-// `a` is read by rules with kPair alone, and has then the order of `g`.
+// `a` is read by rules with kPair alone, and has then the order of `g`. `second` is scratch for
+// one value a channel.
 template <class Rule, class S, class T = Accumulator<S>>
 void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floor_value,
-                     T eps_value, T* weights) {
+                     T eps_value, T* second, T* weights) {
   const Pack<T> floor = broadcast<T>(floor_value), eps = broadcast<T>(eps_value);
   const T positions = static_cast<T>(g.positions);
-  if (g.order == Order::kUniform) {
-    if constexpr (!Rule::kPair) {
-      for (int64_t c = 0; c < g.channels; ++c) {
-        const T value = widen(g.data[c * g.channel]), total = Rule::kTotal ? totals[c] : T(0);
-        T first = 0, second = 0;
-        Rule::term(value, T(0), total, eps_value, first, second);
-        weights[c] =
-            Rule::weight(first * positions, second * positions, total, positions, eps_value);
-      }
-    }
-    return;
-  }
+  auto finish = [&](int64_t c, Pack<T> f, Pack<T> s) {
+    const Pack<T> total = Rule::kTotal ? load(totals + c) : Pack<T>{};
+    store(weights + c, Rule::weight(f, s, total, broadcast<T>(positions), eps));
+  };
   if (g.order == Order::kSpaceInner) {
-    for (int64_t c = 0; c < g.channels; ++c) {
-      const S* g_row = g.data + c * g.channel;
-      const S* a_row = Rule::kPair ? a.data + c * a.channel : nullptr;
-      const T total_value = Rule::kTotal ? totals[c] : T(0);
-      const Pack<T> total = broadcast<T>(total_value);
-      T first, second;
-      row_sums<T>(g.positions, first, second,
-                  [&](int64_t x, int64_t n, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
-                    Pack<T> av{};
-                    if constexpr (Rule::kPair) av = above(load_n(a_row + x, n, a.end), floor);
-                    Rule::term(load_n(g_row + x, n, g.end), av, total, eps, f, s);
-                  });
-      weights[c] = Rule::weight(first, second, total_value, positions, eps_value);
-    }
-    return;
-  }
-  for_columns<T>(g.channels, [&](int64_t c, auto columns, int64_t n) {
-    constexpr int kColumns = decltype(columns)::value;
-    Pack<T> first[kColumns], second[kColumns], total[kColumns] = {};
-    if constexpr (Rule::kTotal) {
-      for (int j = 0; j < kColumns; ++j) {
-        total[j] = load_n(totals + c + j * kLanes<T>, n, totals + g.channels);
-      }
-    }
-    column_sums<T, kColumns>(
-        g.positions, first, second,
-        [&](int j, int64_t x, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
-          const int64_t lane = c + j * kLanes<T>;
+    row_sums<T>(
+        g.channels, g.positions,
+        [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
           Pack<T> av{};
           if constexpr (Rule::kPair) {
-            av = above(load_n(a.data + lane + x * a.position, n, a.end), floor);
+            av = above(load_n(a.data + c * a.channel + x, n, a.end), floor);
           }
-          Rule::term(load_n(g.data + lane + x * g.position, n, g.end), av, total[j], eps, f, s);
-        });
-    for (int j = 0; j < kColumns; ++j) {
-      const Pack<T> w =
-          Rule::weight(first[j], second[j], total[j], broadcast<T>(positions), eps);
-      store_n(weights + c + j * kLanes<T>, w, n);
+          const Pack<T> total = Rule::kTotal ? broadcast<T>(totals[c]) : Pack<T>{};
+          Rule::term(load_n(g.data + c * g.channel + x, n, g.end), av, total, eps, f, s);
+        },
+        finish);
+    return;
+  }
+  if (g.order == Order::kUniform) {  // never with kPair
+    for (int64_t begin = 0; begin < g.channels; begin += kLanes<T>) {
+      T value[kLanes<T>] = {};
+      for (int64_t i = 0; i < smaller(kLanes<T>, g.channels - begin); ++i) {
+        value[i] = widen(g.data[(begin + i) * g.channel]);
+      }
+      Pack<T> f{}, s{};
+      const Pack<T> total = Rule::kTotal ? load(totals + begin) : Pack<T>{};
+      Rule::term(load(value), Pack<T>{}, total, eps, f, s);
+      finish(begin, f * positions, s * positions);
     }
-  });
+    return;
+  }
+  column_sums<T>(
+      g.channels, g.positions, weights, Rule::kSecond ? second : nullptr,
+      [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
+        Pack<T> av{};
+        if constexpr (Rule::kPair) av = above(load_n(a.data + x * a.position + c, n, a.end), floor);
+        const Pack<T> total = Rule::kTotal ? load(totals + c) : Pack<T>{};
+        const S* p = g.data + x * g.position + c;
+        prefetch(p + 8 * g.position);
+        Rule::term(load_n(p, n, g.end), av, total, eps, f, s);
+      });
+  for (int64_t c = 0; c < g.channels; c += kLanes<T>) {
+    finish(c, load(weights + c), Rule::kSecond ? load(second + c) : Pack<T>{});
+  }
 }
 
-// Sums of (attention + eps) * a over positions, divided by their number: the second weights of
-// the attention method.
+// Means over positions of (attention + eps) * a: the second weights of the attention method.
 template <class S, class T = Accumulator<S>>
 void attended_means(const Tile<S>& a, const T* attention, T floor_value, T eps_value, T* weights) {
   const Pack<T> floor = broadcast<T>(floor_value), eps = broadcast<T>(eps_value);
   const T positions = static_cast<T>(a.positions);
   if (a.order == Order::kSpaceInner) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      const S* row = a.data + c * a.channel;
-      T sum, unused;
-      row_sums<T>(a.positions, sum, unused,
-                  [&](int64_t x, int64_t n, Pack<T>& f, Pack<T>&) __attribute__((always_inline)) {
-                    f += (load(attention + x) + eps) * above(load_n(row + x, n, a.end), floor);
-                  });
-      weights[c] = sum / positions;
-    }
+    row_sums<T>(
+        a.channels, a.positions,
+        [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>&) __attribute__((always_inline)) {
+          const Pack<T> av = above(load_n(a.data + c * a.channel + x, n, a.end), floor);
+          f += (load(attention + x) + eps) * av;
+        },
+        [&](int64_t c, Pack<T> sum, Pack<T>) { store(weights + c, sum / positions); });
     return;
   }
-  for_columns<T>(a.channels, [&](int64_t c, auto columns, int64_t n) {
-    constexpr int kColumns = decltype(columns)::value;
-    Pack<T> sum[kColumns], unused[kColumns];
-    column_sums<T, kColumns>(
-        a.positions, sum, unused,
-        [&](int j, int64_t x, Pack<T>& f, Pack<T>&) __attribute__((always_inline)) {
-          const S* p = a.data + c + j * kLanes<T> + x * a.position;
-          f += broadcast<T>(attention[x] + eps_value) * above(load_n(p, n, a.end), floor);
-        });
-    for (int j = 0; j < kColumns; ++j) {
-      store_n(weights + c + j * kLanes<T>, sum[j] / broadcast<T>(positions), n);
-    }
-  });
+  column_sums<T>(
+      a.channels, a.positions, weights, nullptr,
+      [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>&) __attribute__((always_inline)) {
+        const Pack<T> av = above(load_n(a.data + x * a.position + c, n, a.end), floor);
+        f += (attention[x] + eps_value) * av;
+      });
+  for (int64_t c = 0; c < a.channels; c += kLanes<T>) {
+    store(weights + c, load(weights + c) / positions);
+  }
 }
 
 // kChannels rows of A into kTargets maps: each pack of A and of a map is loaded once for
 // kChannels * kTargets products.
-template <int kChannels, int kTargets, class S, class T>
+template <int kChannels, int kTargets, bool kShown, class S, class T>
 GCPP_HOST_DEVICE void add_rows(const Tile<S>& a, int64_t c, Pack<T> floor, const T* weights,
                                int64_t weight_stride, T* maps, int64_t map_stride) {
   Pack<T> w[kTargets][kChannels];
@@ -235,7 +221,8 @@ GCPP_HOST_DEVICE void add_rows(const Tile<S>& a, int64_t c, Pack<T> floor, const
   sweep<T>(a.positions, [&](int, int64_t x, int64_t n) __attribute__((always_inline)) {
     Pack<T> av[kChannels];
     for (int j = 0; j < kChannels; ++j) {
-      av[j] = above(load_n(rows + j * a.channel + x, n, a.end), floor);
+      const Pack<T> raw = load_n(rows + j * a.channel + x, n, a.end);
+      av[j] = kShown ? floored(raw, floor) : above(raw, floor);
     }
     for (int k = 0; k < kTargets; ++k) {
       T* map = maps + k * map_stride + x;
@@ -246,49 +233,58 @@ GCPP_HOST_DEVICE void add_rows(const Tile<S>& a, int64_t c, Pack<T> floor, const
   });
 }
 
-// One map from rows of channels: positions are taken four at a time so that a pack of weights is
-// loaded once for four products.
-template <class S, class T>
-void add_columns(const Tile<S>& a, Pack<T> floor, const T* weights, T* map) {
+// Maps from neighbouring channels: positions are taken four at a time so that a pack of weights
+// is loaded once for four products.
+template <bool kShown, class S, class T>
+void add_columns(const Tile<S>& a, Pack<T> floor, const T* weights, int64_t weight_stride,
+                 int64_t targets, T* maps, int64_t map_stride) {
   constexpr int64_t lanes = kLanes<T>;
-  auto dot = [&](auto count, int64_t x) __attribute__((always_inline)) {
+  auto dot = [&](auto count, int64_t x, const T* w, T* map) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     Pack<T> sum[kCount] = {};
     const S* row = a.data + x * a.position;
-    for (int64_t c = 0; c < a.channels; c += lanes) {
-      const int64_t n = smaller(lanes, a.channels - c);
-      const Pack<T> w = load_n(weights + c, n, weights + a.channels);
+    auto pack = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      const Pack<T> weight = load(w + c);
       for (int i = 0; i < kCount; ++i) {
-        sum[i] += w * above(load_n(row + i * a.position + c, n, a.end), floor);
+        const S* p = row + i * a.position + c;
+        prefetch(p + 4 * a.position);
+        const Pack<T> raw = load_n(p, n, a.end);
+        sum[i] += weight * (kShown ? floored(raw, floor) : above(raw, floor));
       }
-    }
+    };
+    int64_t c = 0;
+    for (; c + lanes <= a.channels; c += lanes) pack(c, lanes);
+    if (c < a.channels) pack(c, a.channels - c);
     for (int i = 0; i < kCount; ++i) map[x + i] += lane_sum<T>(sum[i]);
   };
+  auto dots = [&](auto count, int64_t x) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < targets; ++k) {
+      dot(count, x, weights + k * weight_stride, maps + k * map_stride);
+    }
+  };
   int64_t x = 0;
-  for (; x + 4 <= a.positions; x += 4) dot(Constant<4>{}, x);
-  for (; x < a.positions; ++x) dot(Constant<1>{}, x);
+  for (; x + 4 <= a.positions; x += 4) dots(Constant<4>{}, x);
+  for (; x < a.positions; ++x) dots(Constant<1>{}, x);
 }
 
-template <class S, class T = Accumulator<S>>
+// kShown: activations of -inf have poisoned the weights before.
+template <bool kShown, class S, class T = Accumulator<S>>
 void add_weighted(const Tile<S>& a, T floor_value, const T* weights, int64_t weight_stride,
                   int64_t targets, T* maps, int64_t map_stride) {
   const Pack<T> floor = broadcast<T>(floor_value);
   if (a.order == Order::kChannelInner) {
-    for (int64_t k = 0; k < targets; ++k) {
-      add_columns(a, floor, weights + k * weight_stride, maps + k * map_stride);
-    }
-    return;
+    return add_columns<kShown>(a, floor, weights, weight_stride, targets, maps, map_stride);
   }
   auto add = [&](auto channels, int64_t c) {
     constexpr int kChannels = decltype(channels)::value;
     int64_t k = 0;
     for (; k + 4 <= targets; k += 4) {
-      add_rows<kChannels, 4>(a, c, floor, weights + k * weight_stride, weight_stride,
-                             maps + k * map_stride, map_stride);
+      add_rows<kChannels, 4, kShown>(a, c, floor, weights + k * weight_stride, weight_stride,
+                                     maps + k * map_stride, map_stride);
     }
     for (; k < targets; ++k) {
-      add_rows<kChannels, 1>(a, c, floor, weights + k * weight_stride, weight_stride,
-                             maps + k * map_stride, map_stride);
+      add_rows<kChannels, 1, kShown>(a, c, floor, weights + k * weight_stride, weight_stride,
+                                     maps + k * map_stride, map_stride);
     }
   };
   int64_t c = 0;

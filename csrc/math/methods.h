@@ -23,6 +23,11 @@ GCPP_HOST_DEVICE V one() {
   return V{} + 1;
 }
 
+template <class V>
+GCPP_HOST_DEVICE V reciprocal(V v) {
+  return 1 / v;
+}
+
 // relu(v) that keeps NaN and turns -inf into NaN.
 template <class V>
 GCPP_HOST_DEVICE V rectified(V v) {
@@ -35,7 +40,7 @@ template <bool kEps, class V>
 GCPP_HOST_DEVICE V positive_alpha(V g, V total, V eps) {
   V denominator = total * g + 2;
   if constexpr (kEps) denominator += eps / g / g;
-  return select((g > 0) & (denominator != 0), 1 / denominator, zero<V>());
+  return select((g > 0) & (denominator != 0), reciprocal(denominator), zero<V>());
 }
 
 // A rule with channel weights. term() adds one position to the sums; weight() finishes a channel.
