@@ -1,0 +1,304 @@
+"""From a model and its input to maps: the door for people who hold a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from gradcampp_ext import layers, methods
+from gradcampp_ext.capture import Capture, Site, inference
+from gradcampp_ext.ops import cam
+from gradcampp_ext.targets import Output, Target, Targets, resolve, select
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradcampp_ext.layers import Layout
+
+Images: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+TargetLayer: TypeAlias = "str | nn.Module"
+
+CHUNK_BYTES = 128 * 2**20  # of gradients, held at a time when one call explains many targets
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Explanation:
+    """Maps and what they explain, for a batch of N samples with K targets each.
+
+    Attributes:
+        maps: [N, K, *size], float32 (float64 for float64 models), in [0, 1] as normalized by
+            default; [N, K, L, *size] for L layers that were not fused.
+        targets: class indices [N, K], or the K callables.
+        scores: what was explained, [N, K]: logits for classes.
+        probabilities: of the explained classes, [N, K]; None for callables.
+        predicted: index of the largest output, [N]; None if the output is not [N, classes].
+        layer: name of the target layer; a tuple of names for several.
+        method: name of the method.
+    """
+
+    maps: Tensor
+    targets: Tensor | tuple[Target, ...]
+    scores: Tensor
+    probabilities: Tensor | None
+    predicted: Tensor | None
+    layer: str | tuple[str, ...]
+    method: str
+
+    def overlay(self, images: Tensor, *, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:
+        """The maps laid over images, uint8 [*maps.shape, 3].
+
+        Args:
+            images: as seen, not as normalized for the model: uint8 [N, H, W, 3] or [N, 3, H, W],
+                or floats in [0, 1]; H and W as the maps have.
+            colormap, alpha: as ``gradcampp_ext.overlay`` takes them.
+        """
+        from gradcampp_ext import overlay
+
+        flat = self.maps.flatten(1, -3)
+        repeated = images.repeat_interleave(flat.shape[1], 0)
+        drawn: Tensor = overlay(repeated, flat.flatten(0, 1), colormap=colormap, alpha=alpha)
+        return drawn.reshape(*self.maps.shape, 3)
+
+    def __repr__(self) -> str:
+        parts = (
+            f"{name}={list(value.shape) if isinstance(value, torch.Tensor) else repr(value)}"
+            for name, value in vars(self).items()
+        )
+        return f"Explanation({', '.join(parts)})"
+
+
+class Explainer:
+    """Explains a model's outputs by maps over its input.
+
+    Between calls nothing of it is on the model. A call runs the model in evaluation mode, builds
+    a graph from the target layer on, and leaves training flags, ``requires_grad``, ``.grad``,
+    grad mode and hooks as it found them, also after an exception. Several threads may explain one
+    model at once if it is in evaluation mode already.
+
+    Args:
+        model: any nn.Module. Of nn.DataParallel and torch.compile(model) the module inside is
+            run, on one device and not compiled.
+        target_layer: a module, its name, or "NAME:input" for what goes into it; or a list of
+            these. None takes the input of the global pooling, or else the last layer with maps.
+        method: a name of ``gradcampp_ext.methods.METHODS``.
+        output: which part of what the model returns is explained: a key, attribute, index or
+            callable. None takes the tensor, or what is called ``logits``.
+        tokens: (prefix, height, width) of a layer that gives tokens [N, T, C], or (0, height,
+            width) for [N, height, width, C]. None finds it from the model.
+        fuse: of several layers, the "mean" or "max" of their maps; None keeps them apart.
+        activation: what makes outputs probabilities; "sigmoid" for multi-label models.
+        normalize, interpolation, relu, rectify, eps, temperature: as ``gradcampp_ext.cam``.
+    Raises: ValueError for arguments that do not fit the model or each other; CaptureError if the
+        layer gives no activations or gradients; both name the likely cause.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layer: TargetLayer | Sequence[TargetLayer] | None = None,
+        method: str = "gradcampp",
+        *,
+        output: Output = None,
+        tokens: Sequence[int] | None = None,
+        fuse: Literal["mean", "max"] | None = None,
+        activation: Literal["softmax", "sigmoid"] = "softmax",
+        normalize: Literal["minmax", "max"] | None = "minmax",
+        interpolation: Literal["linear", "nearest"] = "linear",
+        relu: bool = True,
+        rectify: bool | None = None,
+        eps: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        if fuse not in (None, "mean", "max"):
+            raise ValueError(f"fuse must be 'mean', 'max' or None, got {fuse!r}")
+        if activation not in ("softmax", "sigmoid"):
+            raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}")
+        self.model = _explainable(model)
+        self.method = methods.get(method).name
+        self._several = not isinstance(target_layer, (str, nn.Module, NoneType))
+        self._sites = self._find(target_layer)
+        self._output = output
+        self._tokens = tokens
+        self._fuse = fuse
+        self._activation = activation
+        self._cam = partial(
+            cam,
+            method=method,
+            normalize=normalize,
+            interpolation=interpolation,
+            relu=relu,
+            rectify=rectify,
+            eps=eps,
+            temperature=temperature,
+        )
+        self._cam(torch.ones(1, 1, 1), torch.ones(1, 1, 1))  # the op checks its options
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
+
+    def __call__(
+        self,
+        images: Images,
+        targets: Targets = None,
+        *,
+        topk: int | None = None,
+        size: Sequence[int] | Literal["feature"] | None = None,
+    ) -> Explanation:
+        """Maps of a batch, by one forward pass and one backward pass through the head a target.
+
+        Args:
+            images: what the model takes: a tensor [N, C, *S], or a tuple of its positional or a
+                mapping of its keyword arguments. Samples must not influence each other.
+            targets: None for the predicted class, a class for all samples, classes [N] or
+                [N, K], a callable from the model's output to scores [N] (see
+                ``gradcampp_ext.targets``), or K callables.
+            topk: explain the K classes of the largest outputs.
+            size: of the maps; None is that of the images, "feature" that of the layer.
+        Raises: ValueError, TypeError for arguments that do not fit; CaptureError.
+        """
+        with inference(self.model):
+            args, kwargs = _arguments(images)
+            image = layers.image_of(args, kwargs)
+            if self._sites is None:
+                self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
+            with Capture(self._sites) as capture:
+                output = select(self.model(*args, **kwargs), self._output)
+                scores = resolve(
+                    output, targets, batch=len(image), topk=topk, activation=self._activation
+                )
+            layouts = [
+                self._layout(site, activations, args, kwargs)
+                for site, activations in zip(capture.sites, capture.activations, strict=True)
+            ]
+            maps = self._maps(capture, scores.values, layouts, _map_size(size, image))
+        names = tuple(site.name for site in self._sites)
+        return Explanation(
+            maps=maps,
+            targets=scores.targets,
+            scores=scores.values.detach(),
+            probabilities=scores.probabilities,
+            predicted=scores.predicted,
+            layer=names if self._several else names[0],
+            method=self.method,
+        )
+
+    def _find(
+        self, target_layer: TargetLayer | Sequence[TargetLayer] | None
+    ) -> tuple[Site, ...] | None:
+        if target_layer is None:
+            return None
+        if isinstance(target_layer, (str, nn.Module)):
+            return (layers.find(self.model, target_layer),)
+        if not target_layer:
+            raise ValueError("target_layer must name at least one layer, got an empty list")
+        return tuple(layers.find(self.model, layer) for layer in target_layer)
+
+    def _top_score(self, returned: Any) -> Tensor:
+        output = select(returned, self._output)
+        return resolve(output, None, batch=len(output)).values
+
+    def _layout(
+        self, site: Site, activations: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Layout:
+        """How a site's tensors are read as maps; worked out once for each shape."""
+        key = (site, activations.shape[1:], layers.image_of(args, kwargs).shape)
+        if key not in self._layouts:
+            self._layouts[key] = layers.layout(
+                self.model, site, activations.shape, args, kwargs, tokens=self._tokens
+            )
+        return self._layouts[key]
+
+    def _maps(
+        self,
+        capture: Capture,
+        scores: Tensor,
+        layouts: Sequence[Layout],
+        size: tuple[int, ...] | None,
+    ) -> Tensor:
+        """Maps [N, K, (L,) *size], of as many targets at a time as CHUNK_BYTES of gradients."""
+        activations = [layout(a) for layout, a in zip(layouts, capture.activations, strict=True)]
+        bytes_a_target = max(1, sum(a.nbytes for a in activations))
+        chunks = scores.split(max(1, CHUNK_BYTES // bytes_a_target), dim=1)
+        done = []
+        for chunk in chunks:
+            captured = capture.gradients(chunk, keep_graph=chunk is not chunks[-1])
+            maps = []
+            for site, layout, a, g in zip(
+                capture.sites, layouts, activations, captured, strict=True
+            ):
+                layers.check_patches(site, layout, g)
+                maps.append(self._cam(a, layout(g), size=size))
+            done.append(self._fused(maps))
+        return done[0] if len(done) == 1 else torch.cat(done, 1)
+
+    def _fused(self, maps: list[Tensor]) -> Tensor:
+        if not self._several:
+            return maps[0]
+        sizes = {tuple(each.shape[2:]) for each in maps}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the layers' maps must have one size to stand together, got {sorted(sizes)}; "
+                "give size= in numbers, or None for that of the images"
+            )
+        stacked = torch.stack(maps, 2)
+        if self._fuse is None:
+            return stacked
+        return stacked.mean(2) if self._fuse == "mean" else stacked.amax(2)
+
+
+def _explainable(model: nn.Module) -> nn.Module:
+    """The module to hook; errors for what has no hooks or no gradients."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = layers.unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is scripted or traced and calls no hooks; explain the nn.Module it was made from"
+        )
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{(name or type(module).__name__)!r} of the model was compiled in place "
+                "(module.compile()), which may drop hooks; explain the model before that, or use "
+                "torch.compile(model), which leaves the model inside as it is"
+            )
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name!r} of the model was made under torch.inference_mode() and cannot take "
+                "part in gradients; build or load the model outside of it"
+            )
+    return model
+
+
+def _arguments(images: Images) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the model, without inference tensors."""
+    if isinstance(images, torch.Tensor):
+        return (_usable(images),), {}
+    if isinstance(images, Mapping):
+        return (), {name: _usable(value) for name, value in images.items()}
+    if isinstance(images, (tuple, list)):
+        return tuple(map(_usable, images)), {}
+    raise TypeError(
+        "images must be a tensor, or a tuple or mapping of the model's arguments, got "
+        f"{type(images).__name__}"
+    )
+
+
+def _usable(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+def _map_size(
+    size: Sequence[int] | Literal["feature"] | None, image: Tensor
+) -> tuple[int, ...] | None:
+    if size == "feature":
+        return None
+    if isinstance(size, str):
+        raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
+    return tuple(image.shape[2:] if size is None else size)

@@ -1,0 +1,316 @@
+"""Finding and naming target layers, and reading their tensors as maps."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
+
+from gradcampp_ext.capture import Capture, CaptureError, Site, first_tensor, inference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+MAX_PREFIX = 8  # class, distillation and register tokens before the patches; DINOv2 has five
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that ran in a forward pass: what went in and what came out, as shapes."""
+
+    name: str
+    module: nn.Module
+    taken: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer whose maps can be asked for; ``name`` is what ``target_layer`` takes."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's tensors are read as maps [..., C, *S]: as views, whatever stands in front.
+
+    Attributes:
+        grid: None where channels come first already. Else the map's size, where channels come
+            last: [..., *grid, C] as in Swin, or tokens [..., prefix + positions, C] as in ViT.
+        prefix: tokens before the patches (class, distillation, registers); None in the first of
+            these two cases.
+    """
+
+    grid: tuple[int, ...] | None = None
+    prefix: int | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.grid is None:
+            return tensor
+        if self.prefix is not None:
+            tensor = tensor[..., self.prefix :, :].unflatten(-2, self.grid)
+        return tensor.movedim(-1, -1 - len(self.grid))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside nn.DataParallel, DistributedDataParallel or torch.compile."""
+    inside = getattr(model, "_orig_mod", None)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inside = model.module
+    return unwrap(inside) if isinstance(inside, nn.Module) else model
+
+
+def find(model: nn.Module, layer: str | nn.Module) -> Site:
+    """The site that a module, its name, or 'NAME:input' means; ValueError where there is none."""
+    modules = dict(model.named_modules())
+    if isinstance(layer, nn.Module):
+        name = next((name for name, module in modules.items() if module is layer), None)
+        if name is None:
+            raise ValueError(
+                f"target_layer must be a module of the model; this {type(layer).__name__} is "
+                "none of its modules (of a copy, perhaps?)"
+            )
+        return Site(name, layer)
+    name, colon, side = layer.partition(":")
+    if colon and side != "input":
+        raise ValueError(f"target_layer may end in ':input' and nothing else, got {layer!r}")
+    if name not in modules:
+        close = difflib.get_close_matches(name, modules, n=3)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else "gradcampp_ext.layers.candidates lists them"
+        )
+        raise ValueError(f"target_layer {name!r} is not the name of a module of the model; {hint}")
+    return Site(layer, modules[name], reads_input=bool(colon))
+
+
+def candidates(model: nn.Module, *args: Any, **kwargs: Any) -> list[Candidate]:
+    """The layers with maps, in the order in which they finish, from one forward pass.
+
+    Args: what the model takes. A module that runs more than once is left out.
+    """
+    model = unwrap(model)
+    return [
+        Candidate(site.name, type(site.module).__name__, shape)
+        for site, shape in _sites(trace(model, args, kwargs), image_of(args, kwargs))
+    ]
+
+
+def default(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    score: Callable[[Any], Tensor],
+) -> Site:
+    """The input of the global pooling, or else the last layer with maps.
+
+    Where a class token alone decides after the last attention, it is the last normalization at
+    which the patches still count. ``score`` takes what the model returns to one score, [N, 1].
+    """
+    image = image_of(args, kwargs)
+    calls = trace(model, args, kwargs)
+    sites = _sites(calls, image)
+    sites.sort(key=lambda pair: _lies_over(pair[1], image))  # attention's [N, heads, T, T] first
+    for site, shape in reversed(sites):
+        if len(shape) == image.dim():
+            return site
+        tokens = _patches(shape, image, calls)
+        if tokens is None:
+            continue
+        norms = [
+            Site(call.name, call.module)
+            for call in reversed(calls)
+            if call.shape == shape and "Norm" in type(call.module).__name__
+        ]
+        with inference(model), Capture([site, *norms]) as capture:
+            gradients = capture.gradients(score(model(*args, **kwargs)))
+        for used, gradient in zip(capture.sites, gradients, strict=True):
+            if tokens(gradient).any():
+                return used
+        raise CaptureError(
+            "target_layer=None found no layer whose patches the predicted class depends on (are "
+            "the weights of the head zero, as before training?); name one"
+        )
+    raise CaptureError(
+        "target_layer=None found no layer with maps in this model; name one "
+        "(gradcampp_ext.layers.candidates lists them)"
+    )
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Call]:
+    """The modules that ran exactly once in one forward pass and gave a tensor, as they finished."""
+    calls: list[Call] = []
+    times: dict[str, int] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            times[name] = times.get(name, 0) + 1
+            _, tensor = first_tensor(args or kwargs)
+            if isinstance(output, torch.Tensor):
+                taken = () if tensor is None else tuple(tensor.shape)
+                calls.append(Call(name, module, taken, tuple(output.shape)))
+
+        return hook
+
+    with inference(model), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                handle = module.register_forward_hook(record(name), with_kwargs=True)
+                hooks.callback(handle.remove)
+        model(*args, **kwargs)
+    return [call for call in calls if times[call.name] == 1]
+
+
+def image_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Among a model's inputs the one that maps lie over: the first float tensor [N, C, *S]."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
+            return value
+    raise ValueError("images must hold a floating-point tensor of shape [N, C, *S]")
+
+
+def layout(
+    model: nn.Module,
+    site: Site,
+    shape: Sequence[int],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    tokens: Sequence[int] | None = None,
+) -> Layout:
+    """How activations of this shape are read as maps.
+
+    Args:
+        model, args, kwargs: run once more if the grid of tokens must be found.
+        tokens: (prefix, *grid) as the user says; None finds it.
+    Raises: ValueError if ``tokens`` does not fit the shape; CaptureError if nothing does.
+    """
+    image = image_of(args, kwargs)
+    if tokens is not None:
+        return _told(site, shape, tokens)
+    if shape[0] == image.shape[0]:
+        if len(shape) == image.dim():
+            return _spatial(shape, site.module, image)
+        found = _patches(shape, image, trace(model, args, kwargs)) if len(shape) == 3 else None
+        if found:
+            return found
+    raise CaptureError(
+        f"layer {site.name!r} gives {list(shape)} for images {list(image.shape)}, which is neither "
+        "maps [N, C, *S] or [N, *S, C], nor tokens [N, T, C] of a grid that a convolution of this "
+        "model gives; name another layer, or say tokens=(prefix, height, width)"
+    )
+
+
+def check_patches(site: Site, layout: Layout, gradients: Tensor) -> None:
+    """CaptureError if a score sees only the tokens before the patches: its maps would be empty."""
+    if layout.prefix and not layout(gradients).any() and gradients.any():
+        raise CaptureError(
+            f"every gradient at the patches of layer {site.name!r} is zero: after the last "
+            "attention only the class token counts; take a layer before it, such as the first "
+            "normalization of the last block (target_layer=None finds it)"
+        )
+
+
+def _told(site: Site, shape: Sequence[int], tokens: Sequence[int]) -> Layout:
+    prefix, *sizes = tokens
+    grid = tuple(sizes)
+    if len(shape) == 3 and shape[1] == prefix + math.prod(grid):
+        return Layout(grid, prefix)
+    if prefix == 0 and tuple(shape[1:-1]) == grid:
+        return Layout(grid)
+    raise ValueError(
+        f"tokens={tuple(tokens)} does not fit layer {site.name!r}, which gives {list(shape)}; "
+        "expected (prefix, height, width) with [N, prefix + height * width, C], or (0, height, "
+        "width) with [N, height, width, C]"
+    )
+
+
+def _spatial(shape: Sequence[int], module: nn.Module, image: Tensor) -> Layout:
+    """Whether channels come first or last in a map: the image's proportions tell, or the module.
+
+    A module with layer normalization and no convolution keeps channels last.
+    """
+    first, last = (_proportional(size, image) for size in (shape[2:], shape[1:-1]))
+    kinds = [type(part).__name__ for part in module.modules()]
+    like_swin = "LayerNorm" in kinds and not any(kind.startswith("Conv") for kind in kinds)
+    return Layout(tuple(shape[1:-1])) if last and (like_swin or not first) else Layout()
+
+
+def _patches(shape: Sequence[int], image: Tensor, calls: Sequence[Call]) -> Layout | None:
+    """Prefix and grid of tokens [N, T, C]; None where no grid makes T tokens.
+
+    The grid is one that a convolution gave (the patch embedding), or one that patch merging made
+    of it by halving.
+    """
+    grids = [
+        call.shape[2:]
+        for call in reversed(calls)
+        if len(call.shape) == image.dim() and type(call.module).__name__.startswith("Conv")
+    ]
+    for stride in (1, 2, 4, 8):
+        for grid in grids:
+            merged = tuple(math.ceil(size / stride) for size in grid)
+            prefix = shape[1] - math.prod(merged)
+            if 0 <= prefix <= MAX_PREFIX:
+                return Layout(merged, prefix)
+    return None
+
+
+def _sites(calls: Sequence[Call], image: Tensor) -> list[tuple[Site, tuple[int, ...]]]:
+    """Outputs that are maps or tokens; behind them the input of the pooling that ends them."""
+    found = []
+    pooling = None
+    for call in calls:
+        if _pools(call, image):
+            pooling = Site(f"{call.name}:input", call.module, reads_input=True), call.taken
+        elif _is_map(call.shape, image):
+            found.append((Site(call.name, call.module), call.shape))
+            pooling = None
+    return [*found, pooling] if pooling else found
+
+
+def _is_map(shape: Sequence[int], image: Tensor) -> bool:
+    """Whether it can be [N, C, *S] or [N, *S, C] of more than one position, or tokens."""
+    if len(shape) not in (3, image.dim()) or shape[0] != image.shape[0]:
+        return False
+    return math.prod(shape[2:]) > 1
+
+
+def _pools(call: Call, image: Tensor) -> bool:
+    """Whether a module pools maps: adaptively, or down to one value a channel."""
+    taken, shape = call.taken, call.shape
+    if len(taken) != image.dim() or not _is_map(taken, image):
+        return False
+    if isinstance(call.module, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)):
+        return True
+    learns = any(True for _ in call.module.parameters())
+    per_channel = len(shape) > 1 and math.prod(shape[1:]) == shape[1]
+    return not learns and per_channel and shape[1] in (taken[1], taken[-1])
+
+
+def _lies_over(shape: Sequence[int], image: Tensor) -> bool:
+    """Whether tokens, or a map that has the image's proportions, channels first or last."""
+    if len(shape) != image.dim():
+        return True
+    return _proportional(shape[2:], image) or _proportional(shape[1:-1], image)
+
+
+def _proportional(size: Sequence[int], image: Tensor) -> bool:
+    """Whether a map lies over an image with one stride along every dimension, up to padding."""
+    pixels = image.shape[2:]
+    return all(
+        abs(size[i] * pixels[0] - size[0] * pixels[i]) <= 2 * max(pixels[0], pixels[i])
+        for i in range(len(size))
+    )

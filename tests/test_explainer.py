@@ -1,0 +1,337 @@
+"""Explainer end to end: maps against the oracle on plain autograd's tensors, and its errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gradcampp_ext import explainer as module
+from gradcampp_ext import reference
+from gradcampp_ext.capture import CaptureError
+from gradcampp_ext.explainer import Explainer
+from gradcampp_ext.targets import LogProbability
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.act = nn.ReLU(inplace=True)
+        self.late = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        return self.head(self.pool(self.late(x).relu()).flatten(1))
+
+
+IMAGES = torch.randn(3, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+
+
+def by_autograd(model: nn.Module, name: str, category: int) -> tuple[torch.Tensor, torch.Tensor]:
+    kept: list[torch.Tensor] = []
+
+    def keep(*call: torch.Tensor) -> torch.Tensor:
+        kept.append(call[-1])
+        return call[-1].clone()
+
+    handle = model.get_submodule(name).register_forward_hook(keep)
+    score = model(IMAGES)[:, category].sum()
+    handle.remove()
+    return kept[0].detach(), torch.autograd.grad(score, kept)[0]
+
+
+@pytest.mark.parametrize("method", ["gradcampp", "gradcam", "layercam"])
+@pytest.mark.parametrize("layer", ["stem", "norm", "late"])
+def test_maps_equal_the_oracle(layer: str, method: str) -> None:
+    model = Network().eval()
+    explanation = Explainer(model, layer, method)(IMAGES, [[0, 3]] * 3)
+    assert explanation.maps.shape == (3, 2, 16, 20)
+    assert explanation.maps.dtype == torch.float32
+    for k, category in enumerate([0, 3]):
+        expected = reference.cam(*by_autograd(model, layer, category), method=method, size=(16, 20))
+        torch.testing.assert_close(
+            explanation.maps[:, k].double(), expected, rtol=0, atol=2e-6 * float(expected.max())
+        )
+    assert (explanation.layer, explanation.method) == (layer, method)
+    output = model(IMAGES)
+    assert torch.equal(explanation.scores, output[:, [0, 3]])
+    assert torch.equal(explanation.probabilities, output.softmax(1)[:, [0, 3]])
+    assert torch.equal(explanation.predicted, output.argmax(1))
+    assert not explanation.scores.requires_grad
+
+
+def test_closed_form_of_average_pooling_and_linear() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    ).double()
+    explainer = Explainer(model, "1", normalize=None)
+    maps = explainer(IMAGES.double(), [[0, 1, 2, 3]] * 3, size="feature").maps
+    activations = model[:2](IMAGES.double())
+    weight = model[4].weight
+    means = activations.mean((2, 3))[:, None]
+    channel_weights = weight.relu() / (2 + means * weight)  # [N, K, C]
+    expected = torch.einsum("nkc,nchw->nkhw", channel_weights, activations).relu()
+    assert maps.dtype == torch.float64
+    torch.testing.assert_close(maps, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_constant_score_gives_zero_maps() -> None:
+    maps = Explainer(Network(), "late")(IMAGES, lambda output: output[:, 0] * 0 + 1).maps
+    assert maps.shape == (3, 1, 16, 20)
+    assert not maps.any()
+
+
+def test_a_batch_equals_its_samples() -> None:
+    explainer = Explainer(Network().double(), "norm")
+    together = explainer(IMAGES.double(), [4, 0, 1])
+    for n, category in enumerate([4, 0, 1]):
+        alone = explainer(IMAGES[n : n + 1].double(), category)
+        torch.testing.assert_close(alone.maps[0], together.maps[n], rtol=1e-12, atol=1e-12)
+
+
+def test_options_reach_the_op() -> None:
+    options = {"normalize": "max", "rectify": False, "eps": 1e-3, "relu": False}
+    model = Network()
+    maps = Explainer(model, "late", interpolation="nearest", **options)(IMAGES, 1).maps
+    expected = reference.cam(
+        *by_autograd(model.eval(), "late", 1), size=(16, 20), interpolation="nearest", **options
+    )
+    torch.testing.assert_close(maps[:, 0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_is_found_once_and_said() -> None:
+    model = Network()
+    explainer = Explainer(model)
+    explanation = explainer(IMAGES)
+    assert explanation.layer == "pool:input"
+    expected = Explainer(model, "pool:input")(IMAGES)
+    assert torch.equal(explanation.maps, expected.maps)
+    calls: list[int] = []
+    model.stem.register_forward_hook(lambda *_: calls.append(1))
+    explainer(IMAGES)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(None, (16, 20)), ("feature", (4, 5)), ((7, 3), (7, 3)), ([8, 8], (8, 8))],
+)
+def test_size(size, expected) -> None:
+    assert Explainer(Network(), "late")(IMAGES, size=size).maps.shape[2:] == expected
+
+
+def test_several_layers() -> None:
+    model = Network()
+    single = [Explainer(model, name)(IMAGES, topk=2).maps for name in ("late", "stem")]
+    apart = Explainer(model, ["late", model.stem])(IMAGES, topk=2)
+    assert apart.layer == ("late", "stem")
+    assert apart.maps.shape == (3, 2, 2, 16, 20)
+    for index in range(2):
+        torch.testing.assert_close(apart.maps[:, :, index], single[index])
+    mean = Explainer(model, ["late", "stem"], fuse="mean")(IMAGES, topk=2).maps
+    torch.testing.assert_close(mean, (single[0] + single[1]) / 2)
+    largest = Explainer(model, ["late", "stem"], fuse="max")(IMAGES, topk=2).maps
+    torch.testing.assert_close(largest, torch.maximum(*single))
+    with pytest.raises(ValueError, match=r"one size .*got \[\(4, 5\), \(8, 10\)\]; give size="):
+        Explainer(model, ["late", "stem"])(IMAGES, size="feature")
+
+
+def test_many_targets_are_explained_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    explainer = Explainer(Network(), ["late", "stem"])
+    expected = explainer(IMAGES, topk=5).maps
+    held: list[int] = []
+    original = module.Capture.gradients
+
+    def gradients(self, scores, **options):
+        held.append(scores.shape[1])
+        return original(self, scores, **options)
+
+    monkeypatch.setattr(module.Capture, "gradients", gradients)
+    activations = 4 * 3 * (8 * 4 * 5 + 6 * 8 * 10)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * activations + 1)
+    assert torch.equal(explainer(IMAGES, topk=5).maps, expected)
+    assert held == [2, 2, 1]
+
+
+class Inputs(nn.Module):
+    """Takes two inputs, gives several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network()
+
+    def forward(self, pixels: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = self.network(pixels)
+        return {"logits": output + shift, "other": -output}
+
+
+def test_inputs_and_outputs() -> None:
+    model = Inputs()
+    shift = torch.randn(3, 1)
+    expected = Explainer(model.network, "late")(IMAGES, 2)
+    for images in ((IMAGES, shift), {"shift": shift, "pixels": IMAGES}):
+        explanation = Explainer(model, "network.late")(images, 2)
+        torch.testing.assert_close(explanation.maps, expected.maps)
+        torch.testing.assert_close(explanation.scores, expected.scores + shift)
+    other = Explainer(model, output="other")({"shift": shift, "pixels": IMAGES}, 2)
+    torch.testing.assert_close(other.scores, -expected.scores)
+    assert other.layer == "network.pool:input"
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    return [
+        (name, part.training, len(part._forward_hooks), len(part._forward_pre_hooks))
+        for name, part in model.named_modules()
+    ] + [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("layer", [None, "late", "act"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_model_is_left_alone(layer, mode) -> None:
+    model = Network().train()
+    model.norm.eval()
+    model.head.requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
+    expected = Explainer(model, layer)(IMAGES).maps
+    with mode():
+        images = IMAGES + 0  # an inference tensor under inference mode
+        grad = torch.is_grad_enabled()
+        explanation = Explainer(model, layer)(images)
+        assert torch.is_grad_enabled() == grad
+        with pytest.raises(ValueError, match="classes from 0 to 4"):
+            Explainer(model, layer)(images, 99)
+        assert torch.is_grad_enabled() == grad
+    assert torch.equal(explanation.maps, expected)
+    assert not explanation.maps.is_inference()
+    assert snapshot(model) == before
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_input_changed_in_place_by_the_model() -> None:
+    class Normalizing(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sub_(0.5))
+
+    model = Normalizing()
+    expected = Explainer(model, "late")(IMAGES.clone()).maps
+    with torch.inference_mode():
+        assert torch.equal(Explainer(model, "late")(IMAGES.clone()).maps, expected)
+
+
+def test_autocast() -> None:
+    model = Network()
+    exact = Explainer(model, "late")(IMAGES, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explanation = Explainer(model, "late")(IMAGES, 0)
+    assert explanation.maps.dtype == torch.float32
+    torch.testing.assert_close(explanation.maps, exact.maps, rtol=0, atol=0.1)
+    assert not torch.equal(explanation.maps, exact.maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_model_dtype(dtype: torch.dtype) -> None:
+    explanation = Explainer(Network().to(dtype), "late")(IMAGES.to(dtype))
+    assert explanation.maps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_wrapped_models() -> None:
+    model = Network()
+    expected = Explainer(model, "late")(IMAGES).maps
+    for wrapped in (nn.DataParallel(model), torch.compile(model)):
+        assert torch.equal(Explainer(wrapped, "late")(IMAGES).maps, expected)
+        assert torch.equal(Explainer(wrapped, model.late)(IMAGES).maps, expected)
+
+
+@pytest.mark.parametrize("part", ["", "late"])
+def test_error_of_a_model_compiled_in_place(part: str) -> None:
+    model = Network()
+    model.get_submodule(part).compile(backend="eager")
+    with pytest.raises(ValueError, match=f"'{part or 'Network'}' of the model was compiled in"):
+        Explainer(model, "stem")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_error_of_a_scripted_model() -> None:
+    scripted = torch.jit.trace(Network().eval(), IMAGES)
+    with pytest.raises(ValueError, match="model is scripted or traced"):
+        Explainer(scripted, "late")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_error_of_a_quantized_model() -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(Network().eval(), {nn.Linear})
+    with pytest.raises(CaptureError, match=r"does not depend on layer 'late'.*quantize"):
+        Explainer(quantized, "late")(IMAGES)
+
+
+def test_error_of_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = Network()
+    with pytest.raises(ValueError, match=r"'stem.weight' .*made under torch.inference_mode\(\)"):
+        Explainer(model, "late")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"target_layer": []}, ValueError, "at least one layer, got an empty list"),
+        ({"target_layer": "layer4"}, ValueError, "'layer4' is not the name of a module"),
+        ({"method": "cam"}, ValueError, "method must be one of gradcampp.*got 'cam'"),
+        ({"fuse": "sum"}, ValueError, "fuse must be 'mean', 'max' or None, got 'sum'"),
+        ({"activation": "relu"}, ValueError, "activation must be 'softmax' or 'sigmoid'"),
+        ({"normalize": "sum"}, ValueError, "normalize must be one of .*got 'sum'"),
+    ],
+)
+def test_errors_of_construction(options, error, message) -> None:
+    options = {"model": Network(), **options}
+    with pytest.raises(error, match=message):
+        Explainer(**options)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        ("cat.jpg", {}, TypeError, "images must be a tensor, or a tuple or mapping .*got str"),
+        (IMAGES, {"targets": [0]}, ValueError, r"this batch of 3, got \[1\]"),
+        (IMAGES, {"targets": 5}, ValueError, "classes from 0 to 4, as the output has 5, got 5"),
+        (IMAGES, {"size": "full"}, ValueError, "size must be integers, 'feature' or None"),
+        (IMAGES, {"size": (3,)}, ValueError, "size must be 2 positive integers"),
+        (IMAGES, {"targets": lambda output: output[:, 0].detach()}, CaptureError, "not depend"),
+    ],
+)
+def test_errors_of_calls(images, options, error, message) -> None:
+    model = Network()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        Explainer(model, "late")(images, **options)
+    assert snapshot(model) == before
+
+
+def test_repr() -> None:
+    explanation = Explainer(Network(), "late")(IMAGES, topk=2)
+    assert repr(explanation) == (
+        "Explanation(maps=[3, 2, 16, 20], targets=[3, 2], scores=[3, 2], probabilities=[3, 2], "
+        "predicted=[3], layer='late', method='gradcampp')"
+    )
+    explanation = Explainer(Network(), "late")(IMAGES, LogProbability(1))
+    assert "targets=(LogProbability(index=1, multilabel=False),)" in repr(explanation)
+
+
+@pytest.mark.parametrize("layers", ["late", ["late", "stem"]])
+def test_overlay(layers) -> None:
+    from gradcampp_ext import overlay
+
+    explanation = Explainer(Network(), layers)(IMAGES, topk=2)
+    images = torch.rand(3, 3, 16, 20)
+    drawn = explanation.overlay(images, colormap="viridis", alpha=0.25)
+    assert drawn.shape == (*explanation.maps.shape, 3)
+    assert drawn.dtype == torch.uint8
+    maps = explanation.maps[:, 1] if layers == "late" else explanation.maps[:, 1, 0]
+    expected = overlay(images, maps, colormap="viridis", alpha=0.25)
+    assert torch.equal(drawn[:, 1] if layers == "late" else drawn[:, 1, 0], expected)
