@@ -129,8 +129,6 @@ class BuildNative(build_ext):
             target = self.get_ext_fullpath(extension.name)
             self.mkpath(str(Path(target).parent))
             self.copy_file(str(folder / self.get_ext_filename(extension.name)), target)
-        if cuda_omitted:
-            Path(self.build_lib, "gradcampp_ext", "_cuda.so").unlink(missing_ok=True)
         Path(self.build_lib, BUILD_INFO).write_text(
             json.dumps(
                 {

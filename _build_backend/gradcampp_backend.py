@@ -6,17 +6,34 @@ gigabytes, whatever is installed. This backend asks for torch only where there i
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
+import setuptools
 from gradcampp_toolchain import TORCH_REQUIREMENT, find_torch
 from setuptools import build_meta
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # pyproject.toml says so only to isolated builds
+    sys.exit(
+        f"gradcampp_ext: setuptools must be 77 or newer, got {setuptools.__version__}; "
+        "pip install --upgrade setuptools, or build with isolation (pip's default)"
+    )
+
 build_sdist = build_meta.build_sdist
-build_wheel = build_meta.build_wheel
 build_editable = build_meta.build_editable
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+
+
+def build_wheel(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
+    for leftovers in Path("build").glob("lib*"):  # setuptools would ship modules removed since
+        shutil.rmtree(leftovers)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
