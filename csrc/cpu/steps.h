@@ -57,14 +57,23 @@ GCPP_HOST_DEVICE Pack<Accumulator<S>> load_n(const S* p, int64_t n, const S* end
   return n == kLanes<Accumulator<S>> ? load(p) : load_first(p, n, end);
 }
 
-// Asks for a cache line that a later group of positions will read. Addresses behind the tensor are
-// harmless: a prefetch never faults.
+// Asks for a cache line that will be read soon. Addresses behind the tensor are harmless: a
+// prefetch never faults.
 GCPP_HOST_DEVICE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// How far ahead rows are asked for: past the end of a tile of small rows, where the hardware's own
+// prefetching stops because the reading turns to the other tensor.
+constexpr int64_t kAheadBytes = 4096;
+template <class S>
+GCPP_HOST_DEVICE Pack<Accumulator<S>> load_ahead(const S* p, int64_t n, const S* end) {
+  prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
+  return load_n(p, n, end);
+}
 
 // Sums over the positions of each channel where positions are neighbours.
 // term(c, x, n, first, second) adds n positions of channel c from x on; result(c, first, second)
 // takes the sums of a pack of channels from c on.
-template <class T, class Term, class Result>
+template <class T, bool kSecond, class Term, class Result>
 GCPP_HOST_DEVICE void row_sums(int64_t channels, int64_t positions, Term term, Result result) {
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t begin = 0; begin < channels; begin += lanes) {
@@ -75,9 +84,9 @@ GCPP_HOST_DEVICE void row_sums(int64_t channels, int64_t positions, Term term, R
         term(begin + i, x, n, f[j], s[j]);
       });
       first[i] = (f[0] + f[1]) + (f[2] + f[3]);
-      second[i] = (s[0] + s[1]) + (s[2] + s[3]);
+      if (kSecond) second[i] = (s[0] + s[1]) + (s[2] + s[3]);
     }
-    result(begin, lane_sums<T>(first), lane_sums<T>(second));
+    result(begin, lane_sums<T>(first), kSecond ? lane_sums<T>(second) : Pack<T>{});
   }
 }
 
@@ -112,10 +121,10 @@ template <class S, class T = Accumulator<S>>
 void activation_totals(const Tile<S>& a, T floor_value, T* totals) {
   const Pack<T> floor = broadcast<T>(floor_value);
   if (a.order == Order::kSpaceInner) {
-    row_sums<T>(
+    row_sums<T, false>(
         a.channels, a.positions,
         [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&) __attribute__((always_inline)) {
-          sum += above(load_n(a.data + c * a.channel + x, n, a.end), floor);
+          sum += above(load_ahead(a.data + c * a.channel + x, n, a.end), floor);
         },
         [&](int64_t c, Pack<T> sum, Pack<T>) { store(totals + c, sum); });
   } else {
@@ -141,7 +150,7 @@ void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floo
     store(weights + c, Rule::weight(f, s, total, broadcast<T>(positions), eps));
   };
   if (g.order == Order::kSpaceInner) {
-    row_sums<T>(
+    row_sums<T, Rule::kSecond>(
         g.channels, g.positions,
         [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
           Pack<T> av{};
@@ -149,7 +158,7 @@ void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floo
             av = above(load_n(a.data + c * a.channel + x, n, a.end), floor);
           }
           const Pack<T> total = Rule::kTotal ? broadcast<T>(totals[c]) : Pack<T>{};
-          Rule::term(load_n(g.data + c * g.channel + x, n, g.end), av, total, eps, f, s);
+          Rule::term(load_ahead(g.data + c * g.channel + x, n, g.end), av, total, eps, f, s);
         },
         finish);
     return;
@@ -188,7 +197,7 @@ void attended_means(const Tile<S>& a, const T* attention, T floor_value, T eps_v
   const Pack<T> floor = broadcast<T>(floor_value), eps = broadcast<T>(eps_value);
   const T positions = static_cast<T>(a.positions);
   if (a.order == Order::kSpaceInner) {
-    row_sums<T>(
+    row_sums<T, false>(
         a.channels, a.positions,
         [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>&) __attribute__((always_inline)) {
           const Pack<T> av = above(load_n(a.data + c * a.channel + x, n, a.end), floor);
