@@ -28,7 +28,7 @@ build: $(VENV)/tools.stamp ## editable install; rebuilds what changed
 
 bench: $(VENV)/bench.stamp ## time the op into out/bench, with machine and commit
 	mkdir -p out/bench
-	$(BIN)/pytest benchmarks/bench_cam.py --benchmark-json out/bench/cam.json
+	$(BIN)/python benchmarks/bench_op.py --json out/bench/op.json
 
 clean: ## remove what was built; .venv keeps its packages
 	rm -rf build dist out *.egg-info gradcampp_ext/*.so gradcampp_ext/_build_info.json

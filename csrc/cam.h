@@ -25,10 +25,10 @@ constexpr int kSpaceDims = 3;
 
 // Strides are in elements. A map holds float, or double where the input is double.
 struct CamArguments {
-  ScalarType dtype;      // of activations and gradients
-  int64_t samples;       // N
-  int64_t targets;       // K
-  int64_t channels;      // C
+  ScalarType dtype;  // of activations and gradients
+  int64_t samples;   // N
+  int64_t targets;   // K
+  int64_t channels;  // C
   int64_t space[kSpaceDims];
 
   const void* activations;  // [N, C, *space]
@@ -52,9 +52,7 @@ struct CamArguments {
 
   int64_t positions() const { return space[0] * space[1] * space[2]; }
   int64_t pixels() const { return size[0] * size[1] * size[2]; }
-  bool resized() const {
-    return space[0] != size[0] || space[1] != size[1] || space[2] != size[2];
-  }
+  bool resized() const { return space[0] != size[0] || space[1] != size[1] || space[2] != size[2]; }
 };
 
 // Colour maps over images, one byte a channel: (1 - alpha) image + alpha table[map].

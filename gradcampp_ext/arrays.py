@@ -99,9 +99,7 @@ def _check_pair(activations: Array, gradients: Array) -> tuple[bool, Array, Arra
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}")
     if activations.dtype.newbyteorder("=") not in _DTYPES:
-        raise TypeError(
-            f"activations must be float16, float32 or float64, got {activations.dtype}"
-        )
+        raise TypeError(f"activations must be float16, float32 or float64, got {activations.dtype}")
     if gradients.dtype != activations.dtype:
         raise TypeError(
             f"gradients must have the dtype of activations, {activations.dtype}, "
@@ -123,7 +121,11 @@ def _walkable(array: Array) -> Array:
 
 def _check_threads(threads: int | None) -> int:
     if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return threads

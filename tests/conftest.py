@@ -39,3 +39,16 @@ def pytest_report_header() -> str:
     status = _native.status()
     cuda = f"without CUDA: {CUDA_MISSING}" if CUDA_MISSING else "with CUDA"
     return f"gradcampp_ext: torch {status.torch}, {status.cpu_capability}, {cuda}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The worst relative L2 error against the float64 oracle that the tests met, per dtype."""
+    worst: dict[str, float] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "relative_l2_error":
+                dtype, error = value
+                worst[dtype] = max(worst.get(dtype, 0.0), error)
+    if worst:
+        errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
+        terminalreporter.write_line(f"worst relative L2 error of a raw map: {errors}")

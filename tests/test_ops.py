@@ -216,7 +216,11 @@ def test_non_finite_input_spoils_its_own_map_alone(device, method, where, value,
             maps = gx.cam(a, g, method=method, rectify=rectify, normalize=normalize, size=(9, 9))
             for n in range(3):
                 for k in range(2):
-                    whole = maps[n, k].isnan().all() if (n, k) in spoilt else maps[n, k].isfinite().all()
+                    whole = (
+                        maps[n, k].isnan().all()
+                        if (n, k) in spoilt
+                        else maps[n, k].isfinite().all()
+                    )
                     assert whole, (n, k)
 
 
@@ -253,9 +257,7 @@ def test_thread_counts_agree():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.tuples(
-        st.integers(1, 4), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12)
-    ),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12)),
     method=st.sampled_from(METHODS),
     seed=st.integers(0, 10_000),
     layout=st.sampled_from(LAYOUTS),

@@ -97,9 +97,9 @@ inline OverlayArguments make_overlay_arguments(const Tensor& images, const Tenso
                                                const Tensor& table, double image_weight,
                                                double heatmap_weight) {
   const auto dtype = images.scalar_type();
-  STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Byte ||
-                      dtype == torch::headeronly::ScalarType::Float,
-                  "images must be uint8 or float32");
+  STD_TORCH_CHECK(
+      dtype == torch::headeronly::ScalarType::Byte || dtype == torch::headeronly::ScalarType::Float,
+      "images must be uint8 or float32");
   STD_TORCH_CHECK(maps.scalar_type() == torch::headeronly::ScalarType::Float,
                   "maps must be float32");
   STD_TORCH_CHECK(table.scalar_type() == torch::headeronly::ScalarType::Byte && table.dim() == 2 &&

@@ -49,9 +49,8 @@ Tensor cam(const Tensor& activations, const Tensor& gradients, const std::string
 Tensor channel_weights(const Tensor& activations, const Tensor& gradients,
                        const std::string& method, bool rectify, double eps, double temperature) {
   CamArguments args = make_arguments(activations, gradients);
-  Tensor weights =
-      torch::stable::new_empty(activations, {args.samples, args.targets, args.channels},
-                               map_dtype(activations));
+  Tensor weights = torch::stable::new_empty(
+      activations, {args.samples, args.targets, args.channels}, map_dtype(activations));
   if (weights.numel() == 0) return weights;
   args.method = parse_method(method);
   args.rectify = rectify;
@@ -65,8 +64,8 @@ Tensor channel_weights(const Tensor& activations, const Tensor& gradients,
 Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, double image_weight,
                double heatmap_weight) {
   OverlayArguments args = make_overlay_arguments(images, maps, table, image_weight, heatmap_weight);
-  Tensor output = torch::stable::new_empty(
-      images, {args.samples, args.height, args.width, 3}, ScalarType::Byte);
+  Tensor output = torch::stable::new_empty(images, {args.samples, args.height, args.width, 3},
+                                           ScalarType::Byte);
   if (output.numel() == 0) return output;
   args.output = static_cast<uint8_t*>(output.mutable_data_ptr());
   kernels().overlay(args, torch_threads());

@@ -61,7 +61,8 @@ void softmax(T* map, int64_t cells, double temperature) {
     poison += logit * 0;
     high = logit > high ? logit : high;
   }
-  for (int64_t x = 0; x < cells; ++x) sum += ::exp(static_cast<double>(map[x]) / temperature - high);
+  for (int64_t x = 0; x < cells; ++x)
+    sum += ::exp(static_cast<double>(map[x]) / temperature - high);
   for (int64_t x = 0; x < cells; ++x) {
     const double value = ::exp(static_cast<double>(map[x]) / temperature - high) / sum;
     map[x] = static_cast<T>(value + poison);
@@ -166,8 +167,8 @@ class Cam {
   }
 
   void choose_layout() {
-    a_walk_ = make_walk(args_.space, args_.activation_space, args_.channels,
-                        args_.activation_channel);
+    a_walk_ =
+        make_walk(args_.space, args_.activation_space, args_.channels, args_.activation_channel);
     g_walk_ = make_walk(args_.space, args_.gradient_space, args_.channels, args_.gradient_channel);
     a_end_ = tensor_end<S>(args_.activations, args_.channels, args_.activation_channel, args_.space,
                            args_.activation_space,
@@ -240,8 +241,7 @@ class Cam {
   template <void (Cam::*kStep)(int64_t) const>
   void each_worker() const {
     parallel_.run(
-        workers_,
-        [](void* cam, int64_t worker) { (static_cast<const Cam*>(cam)->*kStep)(worker); },
+        workers_, [](void* cam, int64_t worker) { (static_cast<const Cam*>(cam)->*kStep)(worker); },
         const_cast<Cam*>(this));
   }
 
@@ -382,7 +382,8 @@ class Cam {
 
   void put_weights(int64_t n, int64_t c, int64_t width, const T* weights) const {
     for (int64_t k = 0; k < args_.targets; ++k) {
-      memcpy(weights_output(n, k, c), weights + k * tile_stride_, static_cast<size_t>(width) * sizeof(T));
+      memcpy(weights_output(n, k, c), weights + k * tile_stride_,
+             static_cast<size_t>(width) * sizeof(T));
     }
   }
 
@@ -424,8 +425,7 @@ class Cam {
       if (elementwise_) {
         staged_elements_(g, beside, floor_, map);
       } else {
-        staged_weights_(g, beside, own.totals, floor_, T(args_.eps), own.second,
-                        weights);
+        staged_weights_(g, beside, own.totals, floor_, T(args_.eps), own.second, weights);
       }
     } else {
       const Tile<S> g = direct(data, g_end_, g_walk_, width);
@@ -434,8 +434,7 @@ class Cam {
       if (elementwise_) {
         elements_(g, beside, floor_, map);
       } else {
-        weights_(g, beside, own.totals, floor_, T(args_.eps), own.second,
-                        weights);
+        weights_(g, beside, own.totals, floor_, T(args_.eps), own.second, weights);
       }
     }
   }

@@ -18,8 +18,8 @@ GCPP_HOST_DEVICE uint8_t colour_byte(float value) {
 
 template <class Pixel>
 void overlay_row(const OverlayArguments& args, int64_t n, int64_t y, const float* table) {
-  const Pixel* image = static_cast<const Pixel*>(args.images) + n * args.image_sample +
-                       y * args.image_row;
+  const Pixel* image =
+      static_cast<const Pixel*>(args.images) + n * args.image_sample + y * args.image_row;
   const float* map = args.maps + n * args.map_sample + y * args.map_row;
   uint8_t* output = args.output + (n * args.height + y) * args.width * 3;
   const float weight = args.image_weight * (sizeof(Pixel) == 1 ? 1.0f : 255.0f);
@@ -41,7 +41,8 @@ inline void overlay(const OverlayArguments& args, const Parallel& parallel) {
   } job{args, 1, {}};
   for (int i = 0; i < 256; ++i) {
     for (int channel = 0; channel < 3; ++channel) {
-      job.table[4 * i + channel] = args.heatmap_weight * static_cast<float>(args.table[3 * i + channel]);
+      job.table[4 * i + channel] =
+          args.heatmap_weight * static_cast<float>(args.table[3 * i + channel]);
     }
   }
   const int64_t rows = args.samples * args.height;

@@ -123,18 +123,19 @@ void activation_totals(const Tile<S>& a, T floor_value, T* totals) {
   if (a.order == Order::kSpaceInner) {
     row_sums<T, false>(
         a.channels, a.positions,
-        [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&) __attribute__((always_inline)) {
-          sum += above(load_ahead(a.data + c * a.channel + x, n, a.end), floor);
-        },
+        [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&)
+            __attribute__((always_inline)) {
+              sum += above(load_ahead(a.data + c * a.channel + x, n, a.end), floor);
+            },
         [&](int64_t c, Pack<T> sum, Pack<T>) { store(totals + c, sum); });
   } else {
-    column_sums<T>(
-        a.channels, a.positions, totals, nullptr,
-        [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&) __attribute__((always_inline)) {
-          const S* p = a.data + x * a.position + c;
-          prefetch(p + 8 * a.position);
-          sum += above(load_n(p, n, a.end), floor);
-        });
+    column_sums<T>(a.channels, a.positions, totals, nullptr,
+                   [&](int64_t c, int64_t x, int64_t n, Pack<T>& sum, Pack<T>&)
+                       __attribute__((always_inline)) {
+                         const S* p = a.data + x * a.position + c;
+                         prefetch(p + 8 * a.position);
+                         sum += above(load_n(p, n, a.end), floor);
+                       });
   }
 }
 
@@ -152,14 +153,15 @@ void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floo
   if (g.order == Order::kSpaceInner) {
     row_sums<T, Rule::kSecond>(
         g.channels, g.positions,
-        [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
-          Pack<T> av{};
-          if constexpr (Rule::kPair) {
-            av = above(load_n(a.data + c * a.channel + x, n, a.end), floor);
-          }
-          const Pack<T> total = Rule::kTotal ? broadcast<T>(totals[c]) : Pack<T>{};
-          Rule::term(load_ahead(g.data + c * g.channel + x, n, g.end), av, total, eps, f, s);
-        },
+        [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s)
+            __attribute__((always_inline)) {
+              Pack<T> av{};
+              if constexpr (Rule::kPair) {
+                av = above(load_n(a.data + c * a.channel + x, n, a.end), floor);
+              }
+              const Pack<T> total = Rule::kTotal ? broadcast<T>(totals[c]) : Pack<T>{};
+              Rule::term(load_ahead(g.data + c * g.channel + x, n, g.end), av, total, eps, f, s);
+            },
         finish);
     return;
   }
@@ -176,16 +178,17 @@ void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floo
     }
     return;
   }
-  column_sums<T>(
-      g.channels, g.positions, weights, Rule::kSecond ? second : nullptr,
-      [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s) __attribute__((always_inline)) {
-        Pack<T> av{};
-        if constexpr (Rule::kPair) av = above(load_n(a.data + x * a.position + c, n, a.end), floor);
-        const Pack<T> total = Rule::kTotal ? load(totals + c) : Pack<T>{};
-        const S* p = g.data + x * g.position + c;
-        prefetch(p + 8 * g.position);
-        Rule::term(load_n(p, n, g.end), av, total, eps, f, s);
-      });
+  column_sums<T>(g.channels, g.positions, weights, Rule::kSecond ? second : nullptr,
+                 [&](int64_t c, int64_t x, int64_t n, Pack<T>& f, Pack<T>& s)
+                     __attribute__((always_inline)) {
+                       Pack<T> av{};
+                       if constexpr (Rule::kPair)
+                         av = above(load_n(a.data + x * a.position + c, n, a.end), floor);
+                       const Pack<T> total = Rule::kTotal ? load(totals + c) : Pack<T>{};
+                       const S* p = g.data + x * g.position + c;
+                       prefetch(p + 8 * g.position);
+                       Rule::term(load_n(p, n, g.end), av, total, eps, f, s);
+                     });
   for (int64_t c = 0; c < g.channels; c += kLanes<T>) {
     finish(c, load(weights + c), Rule::kSecond ? load(second + c) : Pack<T>{});
   }
@@ -311,8 +314,8 @@ void add_elements(const Tile<S>& g, const Tile<S>& a, T floor_value, T* map) {
       const S* a_row = a.data + x * a.position;
       Pack<T> sum[4] = {};
       sweep<T>(a.channels, [&](int j, int64_t c, int64_t n) __attribute__((always_inline)) {
-        sum[j] += Rule::element(load_n(g_row + c, n, g.end),
-                                above(load_n(a_row + c, n, a.end), floor));
+        sum[j] +=
+            Rule::element(load_n(g_row + c, n, g.end), above(load_n(a_row + c, n, a.end), floor));
       });
       map[x] += lane_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }

@@ -16,17 +16,17 @@ enum class Order {
 // Strides of [C, *space] with the spatial dimensions folded into one where that is possible.
 struct Walk {
   Order order;
-  int64_t channel;                   // stride
-  int64_t position;                  // stride, unless order is kOther
-  const int64_t* space;              // sizes
-  const int64_t* strides;            // of the spatial dimensions
+  int64_t channel;         // stride
+  int64_t position;        // stride, unless order is kOther
+  const int64_t* space;    // sizes
+  const int64_t* strides;  // of the spatial dimensions
   int64_t positions;
 };
 
 inline Walk make_walk(const int64_t* space, const int64_t* strides, int64_t channels,
                       int64_t channel) {
-  Walk walk{Order::kOther, channels == 1 ? 1 : channel, 0, space, strides,
-            space[0] * space[1] * space[2]};
+  Walk walk{Order::kOther, channels == 1 ? 1 : channel,   0, space,
+            strides,       space[0] * space[1] * space[2]};
   bool folds = true;
   int64_t stride = 0;  // of the innermost dimension that is longer than one
   int64_t expected = 0;
@@ -80,8 +80,7 @@ Tile<T> stage(const S* data, const Walk& walk, int64_t channels, T* buffer) {
       }
     }
   }
-  return {buffer,         row + kLanes<T>, Order::kSpaceInner, walk.positions, 1,
-          channels, walk.positions};
+  return {buffer, row + kLanes<T>, Order::kSpaceInner, walk.positions, 1, channels, walk.positions};
 }
 
 }  // namespace gradcampp::GCPP_TARGET
