@@ -73,6 +73,11 @@ class Capture:
         """What the model computed at each site, untouched by later in-place operations."""
         return [activations for activations, _ in self._all_taps()]
 
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where each site's activations enter the graph."""
+        return [edge for _, edge in self._all_taps()]
+
     def gradients(self, scores: Tensor, *, keep_graph: bool = False) -> list[Tensor]:
         """Derivatives of scores at each site.
 
@@ -82,7 +87,7 @@ class Capture:
         Returns: [N, K, *activations.shape[1:]] a site, in the dtype of its activations.
         Raises: CaptureError if a score does not depend on a site.
         """
-        edges = [edge for _, edge in self._all_taps()]
+        edges = self.edges
         if not scores.requires_grad:
             raise self._independent(self.sites[0])
         columns = scores.sum(0).unbind()

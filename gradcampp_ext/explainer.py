@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from gradcampp_ext import layers, methods
+from gradcampp_ext import head, layers, methods
 from gradcampp_ext.capture import Capture, Site, inference
 from gradcampp_ext.ops import cam
-from gradcampp_ext.targets import Output, Target, Targets, resolve, select
+from gradcampp_ext.targets import Output, Scores, Target, Targets, resolve, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,58 @@ class Explanation:
             for name, value in vars(self).items()
         )
         return f"Explanation({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A forward pass with what it captured; gradients can be asked for once."""
+
+    capture: Capture
+    layouts: list[Layout]
+    output: Any
+    scores: Scores
+    image_size: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.capture.sites)
+
+    @property
+    def activations(self) -> list[Tensor]:
+        """[N, C, *S] a layer."""
+        pairs = zip(self.layouts, self.capture.activations, strict=True)
+        return [layout(activations) for layout, activations in pairs]
+
+    def gradients(self) -> Iterator[list[Tensor]]:
+        """[N, k, C, *S] a layer, of so many targets k at a time as CHUNK_BYTES hold."""
+        closed = self._closed_form()
+        if closed is not None:
+            yield closed
+            return
+        scores = self.scores.values
+        bytes_a_target = max(1, sum(a.nbytes for a in self.capture.activations))
+        chunks = scores.split(max(1, CHUNK_BYTES // bytes_a_target), dim=1)
+        for chunk in chunks:
+            gradients = self.capture.gradients(chunk, keep_graph=chunk is not chunks[-1])
+            for site, layout, gradient in zip(
+                self.capture.sites, self.layouts, gradients, strict=True
+            ):
+                layers.check_patches(site, layout, gradient)
+            yield [layout(g) for layout, g in zip(self.layouts, gradients, strict=True)]
+
+    def _closed_form(self) -> list[Tensor] | None:
+        classes = self.scores.targets
+        if not isinstance(classes, torch.Tensor):
+            return None
+        found = []
+        for layout, edge, activations in zip(
+            self.layouts, self.capture.edges, self.capture.activations, strict=True
+        ):
+            gradients = head.gradients(self.output, edge, activations.shape, classes)
+            if gradients is None:
+                return None
+            found.append(layout(gradients))
+        return found
 
 
 class Explainer:
@@ -149,43 +201,44 @@ class Explainer:
         topk: int | None = None,
         size: Sequence[int] | Literal["feature"] | None = None,
     ) -> Explanation:
-        """Maps of a batch, by one forward pass and one backward pass through the head a target.
+        """Maps of a batch, by one forward pass and a backward pass through the head a target.
+
+        Where the head is a mean over space and one linear layer, and classes are explained, the
+        gradients are read from its weights without a backward pass.
 
         Args:
             images: what the model takes: a tensor [N, C, *S], or a tuple of its positional or a
                 mapping of its keyword arguments. Samples must not influence each other.
-            targets: None for the predicted class, a class for all samples, classes [N] or
-                [N, K], a callable from the model's output to scores [N] (see
+            targets: None for the predicted class, a class for all samples, "all" classes,
+                classes [N] or [N, K], a callable from the model's output to scores [N] (see
                 ``gradcampp_ext.targets``), or K callables.
             topk: explain the K classes of the largest outputs.
             size: of the maps; None is that of the images, "feature" that of the layer.
         Raises: ValueError, TypeError for arguments that do not fit; CaptureError.
         """
         with inference(self.model):
-            args, kwargs = _arguments(images)
-            image = layers.image_of(args, kwargs)
-            if self._sites is None:
-                self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
-            with Capture(self._sites) as capture:
-                output = select(self.model(*args, **kwargs), self._output)
-                scores = resolve(
-                    output, targets, batch=len(image), topk=topk, activation=self._activation
-                )
-            layouts = [
-                self._layout(site, activations, args, kwargs)
-                for site, activations in zip(capture.sites, capture.activations, strict=True)
-            ]
-            maps = self._maps(capture, scores.values, layouts, _map_size(size, image))
-        names = tuple(site.name for site in self._sites)
+            run = self._run(images, targets, topk)
+            maps = self._maps(run, _map_size(size, run.image_size))
         return Explanation(
             maps=maps,
-            targets=scores.targets,
-            scores=scores.values.detach(),
-            probabilities=scores.probabilities,
-            predicted=scores.predicted,
-            layer=names if self._several else names[0],
+            targets=run.scores.targets,
+            scores=run.scores.values.detach(),
+            probabilities=run.scores.probabilities,
+            predicted=run.scores.predicted,
+            layer=run.names if self._several else run.names[0],
             method=self.method,
         )
+
+    def all_classes(
+        self, images: Images, *, size: Sequence[int] | Literal["feature"] | None = "feature"
+    ) -> Explanation:
+        """Maps of every class, [N, classes, *size].
+
+        Cheap where the head is a mean over space and one linear layer: no backward pass runs, and
+        the maps are one matrix product. ``size`` is that of the layer unless said otherwise:
+        a thousand maps at the size of images are large.
+        """
+        return self(images, "all", size=size)
 
     def _find(
         self, target_layer: TargetLayer | Sequence[TargetLayer] | None
@@ -202,39 +255,34 @@ class Explainer:
         output = select(returned, self._output)
         return resolve(output, None, batch=len(output)).values
 
-    def _layout(
-        self, site: Site, activations: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Layout:
-        """How a site's tensors are read as maps; worked out once for each shape."""
-        key = (site, activations.shape[1:], layers.image_of(args, kwargs).shape)
-        if key not in self._layouts:
-            self._layouts[key] = layers.layout(
-                self.model, site, activations.shape, args, kwargs, tokens=self._tokens
+    def _run(self, images: Images, targets: Targets, topk: int | None) -> _Run:
+        """The forward pass with hooks, and what is to be explained."""
+        args, kwargs = _arguments(images)
+        image = layers.image_of(args, kwargs)
+        if self._sites is None:
+            self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
+        with Capture(self._sites) as capture:
+            output = select(self.model(*args, **kwargs), self._output)
+            scores = resolve(
+                output, targets, batch=len(image), topk=topk, activation=self._activation
             )
-        return self._layouts[key]
+        layouts = []
+        for site, activations in zip(self._sites, capture.activations, strict=True):
+            key = (site, activations.shape[1:], image.shape)
+            if key not in self._layouts:
+                self._layouts[key] = layers.layout(
+                    self.model, site, activations.shape, args, kwargs, tokens=self._tokens
+                )
+            layouts.append(self._layouts[key])
+        return _Run(capture, layouts, output, scores, tuple(image.shape[2:]))
 
-    def _maps(
-        self,
-        capture: Capture,
-        scores: Tensor,
-        layouts: Sequence[Layout],
-        size: tuple[int, ...] | None,
-    ) -> Tensor:
-        """Maps [N, K, (L,) *size], of as many targets at a time as CHUNK_BYTES of gradients."""
-        activations = [layout(a) for layout, a in zip(layouts, capture.activations, strict=True)]
-        bytes_a_target = max(1, sum(a.nbytes for a in activations))
-        chunks = scores.split(max(1, CHUNK_BYTES // bytes_a_target), dim=1)
-        done = []
-        for chunk in chunks:
-            captured = capture.gradients(chunk, keep_graph=chunk is not chunks[-1])
-            maps = []
-            for site, layout, a, g in zip(
-                capture.sites, layouts, activations, captured, strict=True
-            ):
-                layers.check_patches(site, layout, g)
-                maps.append(self._cam(a, layout(g), size=size))
-            done.append(self._fused(maps))
-        return done[0] if len(done) == 1 else torch.cat(done, 1)
+    def _maps(self, run: _Run, size: tuple[int, ...] | None) -> Tensor:
+        """Maps [N, K, *size], or [N, K, L, *size] of layers kept apart."""
+        chunks = []
+        for gradients in run.gradients():
+            pairs = zip(run.activations, gradients, strict=True)
+            chunks.append(self._fused([self._cam(a, g, size=size) for a, g in pairs]))
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
 
     def _fused(self, maps: list[Tensor]) -> Tensor:
         if not self._several:
@@ -295,10 +343,10 @@ def _usable(value: Any) -> Any:
 
 
 def _map_size(
-    size: Sequence[int] | Literal["feature"] | None, image: Tensor
+    size: Sequence[int] | Literal["feature"] | None, image_size: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     if size == "feature":
         return None
     if isinstance(size, str):
         raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
-    return tuple(image.shape[2:] if size is None else size)
+    return tuple(image_size if size is None else size)

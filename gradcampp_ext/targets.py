@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Target: TypeAlias = "Callable[[Any], Tensor]"
-Targets: TypeAlias = "int | Sequence[Any] | Tensor | Target | None"
+Targets: TypeAlias = "int | Literal['all'] | Sequence[Any] | Tensor | Target | None"
 Output: TypeAlias = "str | int | Callable[[Any], Any] | None"
 
 
@@ -140,8 +140,8 @@ def resolve(
 
     Args:
         output: what ``select`` chose; classes need [N, classes] (or [N], one output a sample).
-        targets: None for the predicted class, a class for all samples, classes [N] or [N, K],
-            a callable, or K callables.
+        targets: None for the predicted class, a class for all samples, "all" classes, classes [N]
+            or [N, K], a callable, or K callables.
         batch: N.
         topk: the K classes of the largest outputs, instead of targets.
         activation: what turns outputs into probabilities.
@@ -179,6 +179,8 @@ def _classes(table: Tensor, targets: Targets, topk: int | None) -> Tensor:
         return table.detach().topk(topk).indices
     if targets is None:
         return table.detach().argmax(1, keepdim=True)
+    if isinstance(targets, str) and targets == "all":
+        return torch.arange(count, device=table.device).expand(batch, -1)
     classes = _indices(targets)
     if classes.dim() == 0:
         classes = classes.expand(batch)
@@ -209,7 +211,7 @@ def _indices(targets: Targets) -> Tensor:
         classes = torch.empty(0)
     if classes.dtype not in _INTEGERS:
         raise TypeError(
-            "targets must be class indices (an int, [N] or [N, K]), callables or None, got "
+            "targets must be class indices (an int, [N] or [N, K]), callables, 'all' or None, got "
             f"{targets!r}"
         )
     return classes.long()

@@ -1,0 +1,84 @@
+"""The head whose gradients need no backward pass: a mean over space, then one linear layer.
+
+There the derivative of class k by channel c is weight[k, c] / positions at every position. The
+head is recognised by the graph that autograd recorded from the layer to the output, in which no
+operation can hide; so the answer is autograd's own, whatever the modules are called.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.autograd.graph import GradientEdge
+
+# Operations between mean and linear layer that rename positions of one tensor and change nothing.
+_RESHAPING = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward")
+
+
+def gradients(
+    output: Tensor, edge: GradientEdge, shape: Sequence[int], classes: Tensor
+) -> Tensor | None:
+    """Derivatives of classes by a layer's activations, if the head allows it.
+
+    Args:
+        output: [N, classes], with its graph.
+        edge: where the layer's activations enter the graph.
+        shape: of the activations, [N, ...].
+        classes: [N, K].
+    Returns: [N, K, *shape[1:]], expanded from [N, K, C] (stride 0 over space), or None.
+    """
+    channel, weight = _linear_of_mean(output, edge.node, shape)
+    if weight is None:
+        return None
+    if classes.stride(0) == 0:  # the same for all samples
+        classes = classes[:1]
+    per_channel = weight[classes] / (math.prod(shape[1:]) // shape[channel])
+    spread = [1] * len(shape[1:])
+    spread[channel - 1] = shape[channel]
+    view = per_channel.reshape(*per_channel.shape[:2], *spread)
+    return view.expand(shape[0], -1, *shape[1:])
+
+
+def _linear_of_mean(output: Tensor, layer: Any, shape: Sequence[int]) -> tuple[int, Tensor | None]:
+    """The channels' dimension and the weight [classes, C], where output = linear(mean(layer))."""
+    unknown = 0, None
+    linear = output.grad_fn
+    if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
+        return unknown
+    addmm: Any = linear
+    scaled = linear.name() == "AddmmBackward0" and (addmm._saved_alpha, addmm._saved_beta) != (1, 1)
+    node = linear.next_functions[-2][0]  # of (bias, input, weight) or (input, weight)
+    while node is not None and _only_reshapes(node):
+        node = node.next_functions[0][0]
+    if scaled or node is None or node.name() != "MeanBackward1":
+        return unknown
+    mean: Any = node
+    averaged = {dim % len(shape) for dim in mean._saved_dim}
+    kept = [dim for dim in range(len(shape)) if dim not in averaged]
+    weight: Tensor | None = addmm._saved_mat2
+    if mean.next_functions[0][0] is not layer or weight is None or kept[:1] != [0]:
+        return unknown
+    if len(kept) != 2 or len(weight) != shape[kept[1]]:
+        return unknown
+    return kept[1], weight.detach().t()
+
+
+def _only_reshapes(node: Any) -> bool:
+    name = node.name().rstrip("0123456789")
+    if name == "AsStridedBackward":  # adaptive pooling adds it to channels-last tensors
+        strides = accumulate(reversed(node._saved_size), mul, initial=1)
+        contiguous = list(strides)[-2::-1]
+        return not node._saved_storage_offset and all(
+            size == 1 or stride == expected
+            for size, stride, expected in zip(
+                node._saved_size, node._saved_stride, contiguous, strict=True
+            )
+        )
+    return name in _RESHAPING
