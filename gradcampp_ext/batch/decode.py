@@ -1,0 +1,130 @@
+"""Reading and preparing pictures, in worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from gradcampp_ext.imaging import Box, ImageError, Pixels
+
+if TYPE_CHECKING:
+    from gradcampp_ext.batch.sources import Item, Source
+    from gradcampp_ext.models import LoadedModel
+
+Chunk = list[tuple["Item", str]]  # pictures of one batch, and what their outputs are called
+
+_MOST_WORKERS = 16
+
+
+class Decoded(NamedTuple):
+    """A picture that was read: its upright size, and the part of it that the network sees."""
+
+    path: str
+    name: str
+    label: int | None
+    width: int
+    height: int
+    view: Box
+
+
+@dataclass
+class Batch:
+    """N pictures, and path and reason of each that could not be read.
+
+    Attributes:
+        pictures: uint8 [N, h, w, 3], for the network.
+        displays: uint8 [N, H, W, 3], the same views at the size of the outputs.
+    """
+
+    items: list[Decoded] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    pictures: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    displays: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def pin_memory(self) -> Batch:
+        self.pictures, self.displays = self.pictures.pin_memory(), self.displays.pin_memory()
+        return self
+
+
+class Decoder(Dataset[Batch]):
+    """Reads whole batches; its "indices" are the chunks themselves, so that it holds no list.
+
+    Args:
+        source: gives `read`.
+        model: gives the recipe, and the classes that labels speak of.
+        size: height and width of the displays.
+        needs_label: whether a picture without a label is a failure.
+    """
+
+    def __init__(
+        self, source: Source, model: LoadedModel, size: tuple[int, int], *, needs_label: bool
+    ) -> None:
+        self._read = source.read
+        self._recipe, self._classes = model.recipe, model.classes
+        self._size, self._needs_label = size, needs_label
+
+    def __getitem__(self, chunk: Chunk) -> Batch:
+        batch = Batch()
+        pictures: list[Pixels] = []
+        displays: list[Pixels] = []
+        for item, name in chunk:
+            try:
+                label = self._label(item)
+                image = self._read(item)
+            except ImageError as error:
+                batch.failures.append((item.path, str(error)))
+                continue
+            pictures.append(self._recipe.picture(image))
+            if self._size != self._recipe.size:
+                displays.append(self._recipe.display(image, self._size))
+            view = self._recipe.view(*image.size)
+            batch.items.append(Decoded(item.path, name, label, *image.size, view))
+        if pictures:
+            batch.pictures = torch.from_numpy(np.stack(pictures))
+            batch.displays = torch.from_numpy(np.stack(displays)) if displays else batch.pictures
+        return batch
+
+    def _label(self, item: Item) -> int | None:
+        if item.label is None:
+            if self._needs_label:
+                raise ImageError("it has no label that could be explained")
+            return None
+        try:
+            return self._classes.index(str(item.label))
+        except ValueError as error:
+            raise ImageError(f"its label cannot be used: {error}") from error
+
+
+def loader(
+    decoder: Decoder, chunks: Iterable[Chunk], *, workers: int, pin: bool
+) -> DataLoader[Batch]:
+    """Batches in the order of the chunks; the workers start when it is iterated."""
+    return DataLoader(
+        decoder,
+        batch_size=None,
+        sampler=chunks,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_leave_interrupts_to_main,
+    )
+
+
+def default_workers(device: torch.device, batches: int | None) -> int:
+    """How many processes feed a device: one feeds a CPU, none is worth its start for one batch."""
+    if batches is not None and batches <= 1:
+        return 0
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min((cores or 2) - 1, _MOST_WORKERS))
+
+
+def _leave_interrupts_to_main(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,216 @@
+"""Source to sinks: decode in workers, explain and render on the device, write in threads.
+
+The main thread takes decoded batches from a DataLoader, explains them and hands arrays to the
+writer through a bounded queue. Batches are recorded in the order of the source, so that
+results.jsonl is the same whatever the number of workers, and memory stays flat.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradcampp_ext.batch.decode import Batch, Chunk, Decoder, default_workers, loader
+from gradcampp_ext.batch.engine import Engine, Options
+from gradcampp_ext.batch.progress import Progress
+from gradcampp_ext.batch.record import Record
+from gradcampp_ext.batch.writer import Writer
+
+if TYPE_CHECKING:
+    from gradcampp_ext.batch.engine import Row
+    from gradcampp_ext.batch.sinks import Sink
+    from gradcampp_ext.batch.sources import Source
+    from gradcampp_ext.models import LoadedModel
+
+
+class PipelineError(RuntimeError):
+    """The run cannot go on; the text says why. What is recorded stays."""
+
+
+@dataclass
+class Summary:
+    """What a run has done.
+
+    Attributes:
+        explained: pictures explained.
+        failed: pictures skipped; errors.jsonl has the reasons.
+        resumed: pictures that an earlier run had explained.
+        labelled, right: of the explained ones, those with a label, and those predicted right.
+        interrupted: whether it was told to stop before the end.
+        seconds: from the first to the last picture.
+        shares: of that time, what the main thread spent waiting for pictures ("decode"),
+            explaining and rendering ("explain"), and waiting for the writers ("write").
+    """
+
+    explained: int = 0
+    failed: int = 0
+    resumed: int = 0
+    labelled: int = 0
+    right: int = 0
+    interrupted: bool = False
+    seconds: float = 0.0
+    shares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The stage that took most of the time, and its share."""
+        return max(self.shares.items(), key=lambda pair: pair[1], default=("explain", 0.0))
+
+
+def run(
+    source: Source,
+    model: LoadedModel,
+    out: Path,
+    sinks: Sequence[Sink],
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Explain every picture of a source into a folder.
+
+    A run that was stopped or killed is taken up by calling it again with the same arguments: what
+    is recorded as done is not explained again.
+
+    Args:
+        source: see `gradcampp_ext.batch.sources`.
+        model: is moved to the device, dtype and memory layout that it runs in.
+        out: gets results.jsonl, errors.jsonl if pictures failed, run.json, and the sinks' files.
+        sinks: see `gradcampp_ext.batch.sinks`.
+        options: what to explain and how; default `Options()`.
+        overwrite: remove an earlier run's outputs first.
+        progress: is told what happens.
+        stop: when set, the batch in flight is finished and the run ends.
+
+    Raises:
+        RecordError: the folder cannot be used, or not be written any longer.
+        EngineError, CaptureError, ValueError: model, layer, method and pictures do not fit.
+        PipelineError: a decoding process died.
+    """
+    options = options or Options()
+    stop = stop or threading.Event()
+    progress = progress or Progress()
+    tally = _Tally(progress)
+    summary = tally.summary
+    engine = Engine(model, options)
+    total = len(source) if isinstance(source, Sized) else None
+    workers = options.workers
+    if workers is None:
+        batches = None if total is None else -(-total // options.batch_size)
+        workers = default_workers(options.device, batches)
+    settings = _settings(model, options, sinks)
+    with Record(out, settings, rows=options.topk, overwrite=overwrite) as record:
+        decoder = Decoder(
+            source,
+            model,
+            options.size or model.recipe.size,
+            needs_label=options.target == "label",
+        )
+        chunks = _chunks(source, record, options.batch_size, summary)
+        decoded = iter(loader(decoder, chunks, workers=workers, pin=options.device.type == "cuda"))
+        progress.started(total, len(record.done))
+        clock = _Clock()
+        with Writer(record, sinks, tally) as writer:
+            while not stop.is_set():
+                batch = _next(decoded)
+                clock.lap("decode")
+                if batch is None:
+                    break
+                rows, rendered = engine(batch)
+                arrays = [] if rendered is None else [sink.render(rendered) for sink in sinks]
+                clock.lap("explain")
+                writer.put(rows, arrays, batch.failures)
+                clock.lap("write")
+            else:
+                summary.interrupted = True
+        clock.lap("write")
+        summary.seconds, summary.shares = clock.shares()
+    progress.finished(summary)
+    return summary
+
+
+def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> dict[str, Any]:
+    """Everything that decides the outputs; a folder is continued with the same only."""
+    decided: dict[str, Any] = {
+        "model": model.spec,
+        "weights_sha256": model.weights_sha256,
+        "recipe": str(model.recipe),
+        "classes": model.classes.sha256,
+        "method": options.method,
+        "target_layer": options.target_layer or model.target_layer,
+        "target": options.target,
+        "topk": options.topk,
+        "size": list(options.size or model.recipe.size),
+        "dtype": str(options.dtype).removeprefix("torch."),
+    }
+    for sink in sinks:
+        decided |= sink.settings()
+    return decided
+
+
+def _chunks(source: Source, record: Record, size: int, summary: Summary) -> Iterator[Chunk]:
+    """What is not done yet, in batches."""
+    chunk: Chunk = []
+    for item in source:
+        name = record.name(item.path, item.name)
+        if item.path in record.done:
+            summary.resumed += 1
+            continue
+        chunk.append((item, name))
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        raise PipelineError(
+            f"decoding stopped: {error}; if a process was killed for its memory, try fewer "
+            "workers or a smaller batch"
+        ) from error
+
+
+class _Tally(Progress):
+    """Counts what goes by."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.summary = Summary()
+
+    def explained(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row["rank"] == 1:
+                self.summary.explained += 1
+                self.summary.labelled += row["right"] is not None
+                self.summary.right += row["right"] is True
+        self._progress.explained(rows)
+
+    def failed(self, path: str, reason: str) -> None:
+        self.summary.failed += 1
+        self._progress.failed(path, reason)
+
+
+class _Clock:
+    """Time by stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._spent = {"decode": 0.0, "explain": 0.0, "write": 0.0}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._spent[stage] += now - self._last
+        self._last = now
+
+    def shares(self) -> tuple[float, dict[str, float]]:
+        total = sum(self._spent.values())
+        return total, {stage: spent / total for stage, spent in self._spent.items()}

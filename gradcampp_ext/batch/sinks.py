@@ -1,0 +1,141 @@
+"""Where maps go: files of overlays and of maps. results.jsonl is written by the record."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from gradcampp_ext import imaging
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradcampp_ext.batch.record import Record
+
+OVERLAY_FORMATS = ("jpg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A batch of N pictures with K maps each, on the device that explained them.
+
+    Attributes:
+        pictures: uint8 [N, H, W, 3], what the network saw, at the size of the maps.
+        maps: float [N, K, H, W] in [0, 1].
+        feature_maps: the same before upsampling, [N, K, h, w].
+    """
+
+    pictures: torch.Tensor
+    maps: torch.Tensor
+    feature_maps: torch.Tensor
+
+
+class Sink(Protocol):
+    """One kind of output.
+
+    Attributes:
+        column: its key under "files" in the results.
+    """
+
+    @property
+    def column(self) -> str: ...
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its files, for run.json."""
+
+    def render(self, batch: Rendered) -> torch.Tensor:
+        """[N, K, ...] on the CPU; runs in the main thread, on the batch's device."""
+
+    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+        """One of render's [n, k] to a file, complete on return; runs in background threads.
+
+        Returns: its name, relative to the output folder.
+        """
+
+
+@dataclass(frozen=True)
+class Overlays:
+    """Pictures with the map over them, in overlays/NAME.FORMAT.
+
+    Attributes:
+        format: "jpg" (quality 92, full colour resolution), "png" or "webp".
+        colormap: see `imaging.colormap`.
+        image_weight, heatmap_weight: see `imaging.overlay`.
+    """
+
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    colormap: str = "turbo"
+    image_weight: float = 0.5
+    heatmap_weight: float = 0.5
+
+    column = "overlay"
+
+    def __post_init__(self) -> None:
+        imaging.colormap(self.colormap)
+        if self.format not in OVERLAY_FORMATS:
+            raise ValueError(f"format must be one of {OVERLAY_FORMATS}, got {self.format!r}")
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "overlays": self.format,
+            "colormap": self.colormap,
+            "image_weight": self.image_weight,
+            "heatmap_weight": self.heatmap_weight,
+        }
+
+    def render(self, batch: Rendered) -> torch.Tensor:
+        n, k, height, width = batch.maps.shape
+        drawn = imaging.overlay(
+            batch.pictures.unsqueeze(1).expand(-1, k, -1, -1, -1).flatten(0, 1),
+            batch.maps.flatten(0, 1),
+            colormap=self.colormap,
+            alpha=self.heatmap_weight,
+            image_weight=self.image_weight,
+        )
+        return drawn.reshape(n, k, height, width, 3).cpu()
+
+    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+        options: dict[str, dict[str, Any]] = {
+            "jpg": {"format": "JPEG", "quality": 92, "subsampling": 0},
+            "png": {"format": "PNG", "compress_level": 3},
+            "webp": {"format": "WEBP", "quality": 92},
+        }
+        file = io.BytesIO()
+        Image.fromarray(value).save(file, **options[self.format])
+        path = f"overlays/{name}.{self.format}"
+        record.write(path, file.getvalue())
+        return path
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Raw maps in maps/NAME.npy, in [0, 1].
+
+    Attributes:
+        size: "image", the size of the network's input (or of --size), or "feature", that of the
+            target layer.
+        dtype: "float32" or "float16".
+    """
+
+    size: Literal["image", "feature"] = "image"
+    dtype: Literal["float32", "float16"] = "float32"
+
+    column = "map"
+
+    def settings(self) -> dict[str, Any]:
+        return {"maps": self.size, "maps_dtype": self.dtype}
+
+    def render(self, batch: Rendered) -> torch.Tensor:
+        return (batch.maps if self.size == "image" else batch.feature_maps).cpu()
+
+    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+        file = io.BytesIO()
+        np.save(file, value.astype(self.dtype), allow_pickle=False)
+        path = f"maps/{name}.npy"
+        record.write(path, file.getvalue())
+        return path

@@ -1,0 +1,266 @@
+"""Where pictures come from: files, folders and globs, manifests, data sets and other iterables."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gradcampp_ext import imaging
+from gradcampp_ext.imaging import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# fmt: off
+SUFFIXES = frozenset({
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+MANIFESTS = frozenset({".csv", ".jsonl", ".ndjson"})
+PATH_COLUMNS = ("path", "file", "filename", "image")
+LABEL_COLUMNS = ("class_index", "label", "class_name", "wordnet_id")
+
+
+class SourceError(ValueError):
+    """A source that cannot be used as a whole; the text says why."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to explain.
+
+    Attributes:
+        path: what it is called in the results, and known by when a run is resumed.
+        name: what its outputs are called after: a relative path without suffix.
+        image: what the source's `read` takes; usually the path again.
+        label: true class: an index, a name or a WordNet id; None if it is not known.
+    """
+
+    path: str
+    name: str
+    image: Any
+    label: str | int | None = None
+
+
+class Source(Protocol):
+    """Pictures in a fixed order. `len`, where there is one, is shown as the total."""
+
+    def __iter__(self) -> Iterator[Item]:
+        """The pictures, without reading them; runs in the main process."""
+
+    def read(self, item: Item) -> Image.Image:
+        """Upright RGB; runs in the worker processes. ImageError if it cannot be read."""
+
+
+class Files:
+    """Files, folders (with all below them), globs and manifests.
+
+    In folders, files with the suffix of a picture are taken, in the order of their names; hidden
+    ones are not. A file that is named is taken whatever it is called. A manifest is a .csv or
+    .jsonl file with a column "path", relative to the manifest's folder, and perhaps one of
+    "class_index", "label", "class_name" and "wordnet_id".
+
+    Args:
+        arguments: as on the command line.
+        leave_out: a folder to stay out of: that of the outputs.
+        labels: true classes by `label_key` of the path.
+        folder_label: whether a folder's name is a class; pictures found in a folder argument then
+            have the name of the folder they lie in as their label.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str | os.PathLike[str]],
+        *,
+        leave_out: Path | None = None,
+        labels: Mapping[str, str] | None = None,
+        folder_label: Callable[[str], bool] | None = None,
+    ) -> None:
+        self._arguments = [os.fspath(argument) for argument in arguments]
+        self._leave_out = None if leave_out is None else leave_out.resolve()
+        self._labels = labels or {}
+        self._folder_label = folder_label
+        self._length: int | None = None
+
+    def __iter__(self) -> Iterator[Item]:
+        for argument in self._arguments:
+            for item in self._expanded(argument):
+                label = self._labels.get(label_key(item.path), item.label)
+                yield replace(item, label=label)
+
+    def __len__(self) -> int:
+        if self._length is None:
+            self._length = sum(1 for _ in self)
+        return self._length
+
+    def read(self, item: Item) -> Image.Image:
+        return imaging.read(item.image)
+
+    def _expanded(self, argument: str) -> Iterator[Item]:
+        path = Path(argument)
+        if path.is_dir():
+            yield from self._folder(argument)
+        elif path.suffix.lower() in MANIFESTS:
+            yield from _manifest(path)
+        elif glob.has_magic(argument) and not path.exists():
+            found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute too
+            if not found:
+                raise SourceError(f"nothing matches {argument!r}")
+            for match in found:
+                yield from self._expanded(match) if Path(match).is_dir() else [_file(match)]
+        else:
+            yield _file(argument)
+
+    def _folder(self, folder: str) -> Iterator[Item]:
+        for parent, folders, files in os.walk(folder):
+            here = Path(parent)
+            folders[:] = sorted(
+                name
+                for name in folders
+                if not name.startswith(".") and (here / name).resolve() != self._leave_out
+            )
+            lies_in = here.resolve().name
+            known = self._folder_label is not None and self._folder_label(lies_in)
+            for name in sorted(files):
+                path = here / name
+                if not name.startswith(".") and path.suffix.lower() in SUFFIXES:
+                    inside = path.relative_to(folder).with_suffix("")
+                    yield Item(str(path), str(inside), str(path), lies_in if known else None)
+
+
+class Dataset:
+    """A torch map-style data set, or any sequence, of pictures or (picture, label) pairs.
+
+    A picture is what `imaging.read` takes, or a tensor [3, H, W]: uint8, or floats in [0, 1].
+    Normalised tensors are refused, since the model's recipe normalises.
+
+    Args:
+        dataset: with `__len__` and `__getitem__`; its items are read in the worker processes.
+        name: the pictures are called NAME/0, NAME/1, ... in the results.
+    """
+
+    def __init__(self, dataset: Any, *, name: str = "dataset") -> None:
+        self._dataset = dataset
+        self._name = name
+
+    def __iter__(self) -> Iterator[Item]:
+        labels = getattr(self._dataset, "targets", None)
+        for index in range(len(self)):
+            called = f"{self._name}/{index}"
+            label = None if labels is None else int(labels[index])
+            yield Item(called, called, index, label)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, item: Item) -> Image.Image:
+        try:
+            row = self._dataset[item.image]
+        except Exception as error:  # one bad row of somebody's data set does not end the run
+            raise ImageError(f"the data set fails ({type(error).__name__}: {error})") from error
+        return _picture(row[0] if isinstance(row, tuple) else row)
+
+
+class Stream:
+    """Any iterable of pictures or (picture, label) pairs, read once, in the main process.
+
+    Args:
+        pictures: what `imaging.read` takes, or tensors as in `Dataset`.
+        name: the pictures are called NAME/0, NAME/1, ... in the results.
+    """
+
+    def __init__(self, pictures: Iterable[Any], *, name: str = "stream") -> None:
+        self._pictures = pictures
+        self._name = name
+
+    def __iter__(self) -> Iterator[Item]:
+        for index, row in enumerate(self._pictures):
+            picture, label = row if isinstance(row, tuple) else (row, None)
+            called = f"{self._name}/{index}"
+            yield Item(called, called, picture, label)
+
+    def read(self, item: Item) -> Image.Image:
+        return _picture(item.image)
+
+
+def read_labels(file: Path) -> dict[str, str]:
+    """True classes from a CSV or JSONL file, as `Files` takes them.
+
+    Raises:
+        SourceError: the file cannot be read, or has no column of paths or of classes.
+    """
+    labels = {label_key(item.path): str(item.label) for item in _manifest(file, labelled=True)}
+    if not labels:
+        raise SourceError(f"{file} has no rows")
+    return labels
+
+
+def label_key(path: str) -> str:
+    """The same for every way to write the path of one file."""
+    return str(Path(path).resolve())
+
+
+def _file(path: str) -> Item:
+    return Item(path, Path(path).stem, path)
+
+
+def _manifest(file: Path, *, labelled: bool = False) -> Iterator[Item]:
+    for number, row in _rows(file):
+        path = next((row[name] for name in PATH_COLUMNS if row.get(name)), None)
+        label = next((row[name] for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
+        if path is None or (labelled and label is None):
+            wanted = PATH_COLUMNS if path is None else LABEL_COLUMNS
+            raise SourceError(
+                f"{file}, line {number}: one of the columns {', '.join(wanted)} is needed, "
+                f"got {', '.join(map(str, row)) or 'none'}"
+            )
+        found = str(file.parent / str(path))
+        yield Item(found, str(Path(str(path)).with_suffix("")), found, label)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            if file.suffix.lower() == ".csv":
+                reader = csv.DictReader(lines)
+                for row in reader:
+                    yield reader.line_num, row
+                return
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise SourceError(f"{file}, line {number}: not a JSON object")
+                    yield number, row
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{file} cannot be read: {error}") from error
+
+
+def _picture(value: Any) -> Image.Image:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return imaging.read(value)
+    if value.dim() != 3 or value.shape[0] != 3:
+        raise ImageError(f"a tensor of pixels must be [3, H, W], got {list(value.shape)}")
+    pixels = value.detach().cpu().permute(1, 2, 0)
+    if pixels.is_floating_point():
+        low, high = float(pixels.min()), float(pixels.max())
+        if not 0 <= low <= high <= 1:
+            raise ImageError(
+                f"floating-point pixels from {low:g} to {high:g}; only 0 to 1 is taken, "
+                "without normalisation: the model's recipe does that"
+            )
+        pixels = (pixels * 255).round().to(torch.uint8)
+    return imaging.read(np.ascontiguousarray(pixels.numpy()))

@@ -1,0 +1,384 @@
+"""The command line: gradcampp explain, layers, info. It parses and calls."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradcampp_ext.batch import Files, Progress, Sink
+    from gradcampp_ext.models import LoadedModel
+
+FAILED, UNUSABLE = 1, 2  # exit codes: some pictures were skipped; nothing could be done
+
+app = typer.Typer(
+    help="Grad-CAM++ and its family: what in a picture speaks for a class.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="SPEC",
+        help="demo (EfficientNet-Lite0, ImageNet), torchvision:NAME, timm:NAME, hf:NAME, or "
+        "package.module:factory.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="A state dict (.safetensors, .pth), or none for random weights. Default: the "
+        "published ones, which torchvision, timm and hf download once.",
+    ),
+]
+
+
+@app.command(epilog="Exit code: 0 all explained, 1 some skipped, 2 nothing done, 130 interrupted.")
+def explain(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Pictures, folders (with all below), globs, or .csv and .jsonl lists with a "
+            "column path.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Where the outputs go.", show_default=False
+        ),
+    ],
+    model: Model = "demo",
+    weights: Weights = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="gradcampp, gradcam, layercam, ...")
+    ] = "gradcampp",
+    target_layer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="See gradcampp layers. Default: before the pooling."),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="CLASS", help="predicted, label (the true class), or a class: index or name."
+        ),
+    ] = "predicted",
+    top_k: Annotated[int, typer.Option(min=1, help="Explain the K most probable classes.")] = 1,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="N|HxW", help="Of overlays and maps. Default: the network's input."),
+    ] = None,
+    recipe: Annotated[
+        Literal["model", "article", "article-fit"],
+        typer.Option(
+            help="How pictures are prepared: as the model was trained; or shorter side to 224 "
+            "(article) or longer side (article-fit), LANCZOS, ImageNet mean and std."
+        ),
+    ] = "model",
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV or JSONL of true classes: path (relative to the file) and class_index, "
+            "label, class_name or wordnet_id. Without it a folder called like a class is a label.",
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One class name a line, or JSON. Default: the model's."),
+    ] = None,
+    overlays: Annotated[
+        Literal["jpg", "png", "webp", "none"], typer.Option(help="Format of the overlays.")
+    ] = "jpg",
+    image_weight: Annotated[float, typer.Option(min=0, help="Of the picture in overlays.")] = 0.5,
+    heatmap_weight: Annotated[float, typer.Option(min=0, help="Of the colours in overlays.")] = 0.5,
+    colormap: Annotated[str, typer.Option(help="turbo, jet, viridis, ...")] = "turbo",
+    maps: Annotated[
+        Literal["image", "feature", "none"],
+        typer.Option(help="Raw maps (.npy) as large as the overlays, or as the layer's."),
+    ] = "image",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the network.")
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Decoding processes. Default: as needed.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier run's outputs from DIR first.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only say what was skipped, and the end.")
+    ] = False,
+    json_progress: Annotated[
+        bool, typer.Option("--json-progress", help="Progress as JSON lines on standard output.")
+    ] = False,
+) -> None:
+    """Explain pictures: overlays, raw maps and a results.jsonl in DIR.
+
+    The same command again goes on where an earlier run was stopped.
+    """
+    with _told():
+        import torch
+
+        from gradcampp_ext import batch
+        from gradcampp_ext.imaging import ARTICLE, ARTICLE_FIT
+
+        _keep_freed_memory()
+        loaded = _load(model, weights, class_names)
+        if recipe != "model":
+            loaded = replace(loaded, recipe=ARTICLE if recipe == "article" else ARTICLE_FIT)
+        source = _source(paths, out, labels, loaded)
+        sinks: list[Sink] = []
+        if overlays != "none":
+            sinks.append(batch.Overlays(overlays, colormap, image_weight, heatmap_weight))
+        if maps != "none":
+            sinks.append(batch.Maps(maps))
+        progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
+        options = batch.Options(
+            method=method,
+            target_layer=target_layer,
+            target=_target(target, loaded),
+            topk=top_k,
+            size=_size(size),
+            device=_device(device),
+            dtype=getattr(torch, dtype),
+            batch_size=batch_size,
+            workers=workers,
+        )
+        with _stop_on_signal(out) as (stop, signals):
+            summary = batch.run(
+                source,
+                loaded,
+                out,
+                sinks,
+                options,
+                overwrite=overwrite,
+                progress=progress,
+                stop=stop,
+            )
+    if summary.interrupted:
+        raise typer.Exit(128 + signals[0])
+    if summary.failed:
+        _say(f"{summary.failed} skipped, the reasons are in {out / 'errors.jsonl'}")
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As explain --model takes it.")],
+    weights: Weights = None,
+) -> None:
+    """List the layers of MODEL that have maps, from the first to the last.
+
+    The shapes are those for one picture. The layer that explain takes by itself is marked.
+    """
+    with _told():
+        import torch
+
+        from gradcampp_ext import Explainer
+        from gradcampp_ext.layers import candidates
+
+        loaded = _load(model, weights, None)
+        height, width = loaded.recipe.size
+        picture = torch.zeros(1, 3, height, width)
+        found = candidates(loaded.model, picture)
+        chosen = Explainer(loaded.model, loaded.target_layer)(picture).layer
+    rows = [("", "layer", "type", "shape")]
+    rows += [
+        ("*" if one.name == chosen else "", one.name, one.type, " x ".join(map(str, one.shape)))
+        for one in found
+    ]
+    _table(rows)
+
+
+@app.command()
+def info() -> None:
+    """Versions, the native libraries, the instruction set in use, and CUDA or why not."""
+    with _told():
+        from gradcampp_ext import _native
+
+        status = _native.status()
+    build = status.build
+    compiled = f"CUDA {build.cuda} ({', '.join(build.cuda_architectures)})" if build.cuda else "no"
+    rows = [
+        ("gradcampp_ext", status.version),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("torch", f"{status.torch}, CUDA {status.torch_cuda or 'no'}"),
+        *((name, _version(name)) for name in ("numpy", "pillow", *_OPTIONAL)),
+        ("libraries", ", ".join(status.libraries)),
+        ("built with", f"{build.compiler}, torch {build.torch}, CUDA: {compiled}"),
+        ("instruction set", f"{status.cpu_capability} of {', '.join(status.cpu_capabilities)}"),
+        ("CUDA", status.cuda_missing or _device_names()),
+    ]
+    _table(rows)
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+_OPTIONAL = ("torchvision", "timm", "transformers", "safetensors", "scikit-image")
+
+
+def _load(model: str, weights: str | None, class_names: Path | None) -> LoadedModel:
+    from gradcampp_ext import models
+
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # package.module:factory may lie here
+    loaded = models.load(model, weights=weights)
+    if class_names is not None:
+        loaded = replace(loaded, classes=models.read_classes(class_names))
+    return loaded
+
+
+def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedModel) -> Files:
+    from gradcampp_ext.batch import Files, SourceError
+    from gradcampp_ext.batch.sources import label_key, read_labels
+
+    true = None if labels is None else read_labels(labels)
+    source = Files(
+        paths,
+        leave_out=out,
+        labels=true,
+        folder_label=loaded.classes.known if labels is None else None,
+    )
+    if len(source) == 0:
+        raise SourceError(f"no pictures in {', '.join(paths)}")
+    if true is not None and not any(label_key(item.path) in true for item in source):
+        raise SourceError(
+            f"{labels} speaks of none of these pictures; its paths are relative to its own folder"
+        )
+    return source
+
+
+def _target(target: str, loaded: LoadedModel) -> int | Literal["label"] | None:
+    if target == "predicted":
+        return None
+    return "label" if target == "label" else loaded.classes.index(target)
+
+
+def _size(size: str | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    height, _, width = size.lower().partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise typer.BadParameter(f"--size must be N or HxW in pixels, got {size!r}")
+    return int(height), int(width or height)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from gradcampp_ext import _native
+
+    if name == "auto":
+        return torch.device("cuda" if _native.status().cuda_missing is None else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {name} cannot be used: {error}") from None
+    missing = _native.status().cuda_missing
+    if device.type == "cuda" and missing is not None:
+        raise typer.BadParameter(f"--device {name} cannot be used: {missing}")
+    return device
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Errors that tell the user what to do are printed without a traceback."""
+    from gradcampp_ext.batch import EngineError, PipelineError, RecordError
+    from gradcampp_ext.capture import CaptureError
+
+    expected = (ValueError, ImportError, CaptureError, EngineError, PipelineError, RecordError)
+    try:
+        yield
+    except expected as error:
+        _say(f"error: {error}")
+        raise typer.Exit(UNUSABLE) from error
+    except BrokenPipeError:  # the reader of standard output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(FAILED) from None
+
+
+@contextlib.contextmanager
+def _stop_on_signal(out: Path) -> Iterator[tuple[threading.Event, list[int]]]:
+    """The first Ctrl-C or SIGTERM ends the run after the batch in flight, a second one at once."""
+    stop, signals = threading.Event(), []
+
+    def ask(number: int, _: object) -> None:
+        signals.append(number)
+        stop.set()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        _say(f"finishing the batch in flight; the same command goes on from there ({out})")
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, ask) for number in wanted}
+    try:
+        yield stop, signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large blocks that were freed.
+
+    By default each forward pass gets its activations from the kernel anew, page by page, which is
+    a third of the time of inference on a CPU. A process of one's own may choose otherwise.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (trim_threshold, mmap_threshold):
+            mallopt(option, 2**31 - 1)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _say(text: str) -> None:
+    print(f"gradcampp: {text}", file=sys.stderr)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device_names() -> str:
+    import torch
+
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
