@@ -187,6 +187,8 @@ def plan_cpu(
 
 def plan_cuda(ninja: NinjaFile, torch: toolchain.Torch, cuda: toolchain.Cuda) -> None:
     nvcc = [cuda.nvcc, *COMPILE, "--threads=2", "-DUSE_CUDA", *STABLE_ABI]
+    if int(cuda.version.split(".")[0]) >= 13:  # drivers of CUDA 12.0 to 12.3 cannot unpack it
+        nvcc.append("--compress-mode=size")
     if "CXX" in os.environ:
         nvcc += ["-ccbin", toolchain.find_compiler()[-1]]
     folder, prefix_map = _include(torch.root / "include")
