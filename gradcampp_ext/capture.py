@@ -7,7 +7,7 @@ Gradients are asked for down to the layers and no further: nothing below is kept
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -87,27 +87,15 @@ class Capture:
         Returns: [N, K, *activations.shape[1:]] a site, in the dtype of its activations.
         Raises: CaptureError if a score does not depend on a site.
         """
-        edges = self.edges
-        if not scores.requires_grad:
-            raise self._independent(self.sites[0])
-        columns = scores.sum(0).unbind()
-        parts = []
-        with torch.autocast(scores.device.type, enabled=False):
-            for k, column in enumerate(columns, start=1):
-                retain = keep_graph or k < len(columns)
-                parts.append(
-                    torch.autograd.grad(column, edges, retain_graph=retain, allow_unused=True)
+        found = derivatives(scores, self.edges, keep_graph=keep_graph)
+        for site, gradients in zip(self.sites, found, strict=True):
+            if gradients is None:
+                raise CaptureError(
+                    f"the score does not depend on layer {site.name!r}: there is no path of "
+                    "gradients between them; is the layer on the way to this output, and does the "
+                    "model detach, quantize or run under torch.no_grad() after it?"
                 )
-        return [
-            _stacked(self._dependent(site, of_site))
-            for site, of_site in zip(self.sites, zip(*parts, strict=True), strict=True)
-        ]
-
-    def _dependent(self, site: Site, gradients: tuple[Tensor | None, ...]) -> list[Tensor]:
-        found = [gradient for gradient in gradients if gradient is not None]
-        if len(found) < len(gradients):
-            raise self._independent(site)
-        return found
+        return [gradients for gradients in found if gradients is not None]
 
     def _attach(self, index: int) -> torch.utils.hooks.RemovableHandle:
         site = self.sites[index]
@@ -167,12 +155,23 @@ class Capture:
                 )
         return [self._taps[index] for index in range(len(self.sites))]
 
-    def _independent(self, site: Site) -> CaptureError:
-        return CaptureError(
-            f"the score does not depend on layer {site.name!r}: there is no path of gradients "
-            "between them; is the layer on the way to this output, and does the model detach, "
-            "quantize or run under torch.no_grad() after it?"
-        )
+
+def derivatives(
+    scores: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], *, keep_graph: bool = False
+) -> list[Tensor | None]:
+    """Derivatives [N, K, ...] of scores [N, K] by inputs [N, ...]; None where there is no path."""
+    if not scores.requires_grad:
+        return [None] * len(inputs)
+    with torch.enable_grad():
+        columns = scores.sum(0).unbind()
+    parts = []
+    with torch.autocast(scores.device.type, enabled=False):
+        for k, column in enumerate(columns, start=1):
+            retain = keep_graph or k < len(columns)
+            parts.append(
+                torch.autograd.grad(column, inputs, retain_graph=retain, allow_unused=True)
+            )
+    return [_stacked(of_input) for of_input in zip(*parts, strict=True)]
 
 
 class _Mark(torch.autograd.Function):
@@ -191,13 +190,16 @@ class _Mark(torch.autograd.Function):
         return gradient, None
 
 
-def _stacked(gradients: list[Tensor]) -> Tensor:
+def _stacked(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """K gradients [N, C, *S] as one [N, K, C, *S], channels last in memory if they are."""
-    if len(gradients) == 1:
-        return gradients[0].unsqueeze(1)
-    if gradients[0].is_contiguous():
-        return torch.stack(gradients, 1)
-    return torch.stack([each.movedim(1, -1) for each in gradients], 1).movedim(-1, 2)
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < len(gradients):
+        return None
+    if len(found) == 1:
+        return found[0].unsqueeze(1)
+    if found[0].is_contiguous():
+        return torch.stack(found, 1)
+    return torch.stack([each.movedim(1, -1) for each in found], 1).movedim(-1, 2)
 
 
 @contextmanager

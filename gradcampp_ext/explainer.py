@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradcampp_ext.layers import Layout
+    from gradcampp_ext.variations import Variations
 
 Images: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+Size: TypeAlias = "Sequence[int] | Literal['feature'] | None"
+Args: TypeAlias = "tuple[Any, ...]"
+Kwargs: TypeAlias = "Mapping[str, Any]"
 TargetLayer: TypeAlias = "str | nn.Module"
 
 CHUNK_BYTES = 128 * 2**20  # of gradients, held at a time when one call explains many targets
@@ -85,10 +89,6 @@ class _Run:
     image_size: tuple[int, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(site.name for site in self.capture.sites)
-
-    @property
     def activations(self) -> list[Tensor]:
         """[N, C, *S] a layer."""
         pairs = zip(self.layouts, self.capture.activations, strict=True)
@@ -145,6 +145,8 @@ class Explainer:
         tokens: (prefix, height, width) of a layer that gives tokens [N, T, C], or (0, height,
             width) for [N, height, width, C]. None finds it from the model.
         fuse: of several layers, the "mean" or "max" of their maps; None keeps them apart.
+        average: variations of the images whose maps are averaged, ``Smooth(...)`` (noise) or
+            ``Augment(...)`` (flips, intensities). Scores and classes are those of the images.
         activation: what makes outputs probabilities; "sigmoid" for multi-label models.
         normalize, interpolation, relu, rectify, eps, temperature: as ``gradcampp_ext.cam``.
     Raises: ValueError for arguments that do not fit the model or each other; CaptureError if the
@@ -160,6 +162,7 @@ class Explainer:
         output: Output = None,
         tokens: Sequence[int] | None = None,
         fuse: Literal["mean", "max"] | None = None,
+        average: Variations | None = None,
         activation: Literal["softmax", "sigmoid"] = "softmax",
         normalize: Literal["minmax", "max"] | None = "minmax",
         interpolation: Literal["linear", "nearest"] = "linear",
@@ -176,9 +179,10 @@ class Explainer:
         self.method = methods.get(method).name
         self._several = not isinstance(target_layer, (str, nn.Module, NoneType))
         self._sites = self._find(target_layer)
-        self._output = output
+        self.output = output
         self._tokens = tokens
         self._fuse = fuse
+        self._average = average
         self._activation = activation
         self._cam = partial(
             cam,
@@ -199,7 +203,7 @@ class Explainer:
         targets: Targets = None,
         *,
         topk: int | None = None,
-        size: Sequence[int] | Literal["feature"] | None = None,
+        size: Size = None,
     ) -> Explanation:
         """Maps of a batch, by one forward pass and a backward pass through the head a target.
 
@@ -217,21 +221,28 @@ class Explainer:
         Raises: ValueError, TypeError for arguments that do not fit; CaptureError.
         """
         with inference(self.model):
-            run = self._run(images, targets, topk)
-            maps = self._maps(run, _map_size(size, run.image_size))
+            args, kwargs = arguments(images)
+            if self._sites is None:
+                self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
+            if self._average is None:
+                run = self._run(self._sites, args, kwargs, targets, topk)
+                scores, maps = run.scores, self._maps(run, size)
+            else:
+                output = select(self.model(*args, **kwargs), self.output)
+                scores = self._scores(output, targets, topk, len(layers.image_of(args, kwargs)))
+                maps = self._averaged(self._average, self._sites, args, kwargs, scores, size)
+        names = tuple(site.name for site in self._sites)
         return Explanation(
             maps=maps,
-            targets=run.scores.targets,
-            scores=run.scores.values.detach(),
-            probabilities=run.scores.probabilities,
-            predicted=run.scores.predicted,
-            layer=run.names if self._several else run.names[0],
+            targets=scores.targets,
+            scores=scores.values.detach(),
+            probabilities=scores.probabilities,
+            predicted=scores.predicted,
+            layer=names if self._several else names[0],
             method=self.method,
         )
 
-    def all_classes(
-        self, images: Images, *, size: Sequence[int] | Literal["feature"] | None = "feature"
-    ) -> Explanation:
+    def all_classes(self, images: Images, *, size: Size = "feature") -> Explanation:
         """Maps of every class, [N, classes, *size].
 
         Cheap where the head is a mean over space and one linear layer: no backward pass runs, and
@@ -252,22 +263,27 @@ class Explainer:
         return tuple(layers.find(self.model, layer) for layer in target_layer)
 
     def _top_score(self, returned: Any) -> Tensor:
-        output = select(returned, self._output)
+        output = select(returned, self.output)
         return resolve(output, None, batch=len(output)).values
 
-    def _run(self, images: Images, targets: Targets, topk: int | None) -> _Run:
+    def _scores(self, output: Any, targets: Targets, topk: int | None, batch: int) -> Scores:
+        return resolve(output, targets, batch=batch, topk=topk, activation=self._activation)
+
+    def _run(
+        self,
+        sites: tuple[Site, ...],
+        args: Args,
+        kwargs: Kwargs,
+        targets: Targets,
+        topk: int | None = None,
+    ) -> _Run:
         """The forward pass with hooks, and what is to be explained."""
-        args, kwargs = _arguments(images)
         image = layers.image_of(args, kwargs)
-        if self._sites is None:
-            self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
-        with Capture(self._sites) as capture:
-            output = select(self.model(*args, **kwargs), self._output)
-            scores = resolve(
-                output, targets, batch=len(image), topk=topk, activation=self._activation
-            )
+        with Capture(sites) as capture:
+            output = select(self.model(*args, **kwargs), self.output)
+            scores = self._scores(output, targets, topk, len(image))
         layouts = []
-        for site, activations in zip(self._sites, capture.activations, strict=True):
+        for site, activations in zip(sites, capture.activations, strict=True):
             key = (site, activations.shape[1:], image.shape)
             if key not in self._layouts:
                 self._layouts[key] = layers.layout(
@@ -276,13 +292,36 @@ class Explainer:
             layouts.append(self._layouts[key])
         return _Run(capture, layouts, output, scores, tuple(image.shape[2:]))
 
-    def _maps(self, run: _Run, size: tuple[int, ...] | None) -> Tensor:
+    def _maps(self, run: _Run, size: Size) -> Tensor:
         """Maps [N, K, *size], or [N, K, L, *size] of layers kept apart."""
+        if isinstance(size, str) and size != "feature":
+            raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
+        pixels = None if size == "feature" else run.image_size if size is None else size
         chunks = []
         for gradients in run.gradients():
             pairs = zip(run.activations, gradients, strict=True)
-            chunks.append(self._fused([self._cam(a, g, size=size) for a, g in pairs]))
+            chunks.append(self._fused([self._cam(a, g, size=pixels) for a, g in pairs]))
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
+
+    def _averaged(
+        self,
+        variations: Variations,
+        sites: tuple[Site, ...],
+        args: Args,
+        kwargs: Kwargs,
+        scores: Scores,
+        size: Size,
+    ) -> Tensor:
+        """The mean of the variations' maps, of what ``scores`` explains of the images."""
+        sums = (
+            batch.sum(
+                self._maps(
+                    self._run(sites, batch.args, batch.kwargs, batch.targets(scores.targets)), size
+                )
+            )
+            for batch in variations.batches(args, kwargs, layers.image_of(args, kwargs))
+        )
+        return reduce(torch.add, sums) / len(variations)
 
     def _fused(self, maps: list[Tensor]) -> Tensor:
         if not self._several:
@@ -324,7 +363,7 @@ def _explainable(model: nn.Module) -> nn.Module:
     return model
 
 
-def _arguments(images: Images) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(images: Images) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the model, without inference tensors."""
     if isinstance(images, torch.Tensor):
         return (_usable(images),), {}
@@ -340,13 +379,3 @@ def _arguments(images: Images) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _usable(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-
-
-def _map_size(
-    size: Sequence[int] | Literal["feature"] | None, image_size: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    if size == "feature":
-        return None
-    if isinstance(size, str):
-        raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
-    return tuple(image_size if size is None else size)

@@ -75,7 +75,7 @@ def _only_reshapes(node: Any) -> bool:
     if name == "AsStridedBackward":  # adaptive pooling adds it to channels-last tensors
         strides = accumulate(reversed(node._saved_size), mul, initial=1)
         contiguous = list(strides)[-2::-1]
-        return not node._saved_storage_offset and all(
+        return all(
             size == 1 or stride == expected
             for size, stride, expected in zip(
                 node._saved_size, node._saved_stride, contiguous, strict=True

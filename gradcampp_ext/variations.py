@@ -1,0 +1,173 @@
+"""Averaging maps over variations of the input: noise, flips, intensities."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, combinations, product
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from gradcampp_ext.targets import Target
+
+
+class Variations(ABC):
+    """Variations of a batch of images, numbered from 0; each does the same to every sample.
+
+    ``together`` of them go through the model at once.
+    """
+
+    together: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def apply(self, images: Tensor, number: int) -> Tensor:
+        """Variation ``number`` of images [N, C, *S], in the same shape."""
+
+    def undo(self, maps: Tensor, number: int) -> Tensor:
+        """Maps [..., *S] of variation ``number`` as they lie over the images."""
+        return maps
+
+    def batches(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], image: Tensor
+    ) -> Iterator[Batch]:
+        """A model's arguments for all variations of ``image``, which is among them."""
+        for first in range(0, len(self), self.together):
+            numbers = range(first, min(first + self.together, len(self)))
+            yield Batch(self, numbers, args, kwargs, image)
+
+
+class Batch:
+    """Some variations of N images as one batch, variation by variation."""
+
+    def __init__(
+        self,
+        variations: Variations,
+        numbers: range,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        image: Tensor,
+    ) -> None:
+        self._variations = variations
+        self._numbers = numbers
+        self._image = image
+        varied = torch.cat([variations.apply(image, number) for number in numbers])
+
+        def repeated(value: Any) -> Any:
+            if value is image:
+                return varied
+            if isinstance(value, torch.Tensor) and value.shape[:1] == image.shape[:1]:
+                return torch.cat([value] * len(numbers))
+            return value
+
+        self.args = tuple(map(repeated, args))
+        self.kwargs = {name: repeated(value) for name, value in kwargs.items()}
+
+    def targets(self, targets: Tensor | tuple[Target, ...]) -> Tensor | tuple[Target, ...]:
+        """The same targets for every variation: classes [N, K], or callables."""
+        if isinstance(targets, torch.Tensor):
+            return targets.repeat(len(self._numbers), 1)
+        return tuple(partial(self._scores, target) for target in targets)
+
+    def sum(self, maps: Tensor) -> Tensor:
+        """The sum of the variations' maps, each as it lies over the images: [N, K, *size]."""
+        return torch.stack(self._apart(maps)).sum(0)
+
+    def _scores(self, target: Target, output: Any) -> Tensor:
+        """A target's scores, variation by variation; dense outputs lie over the images for it."""
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(
+                "average= and callable targets need a model output that is one tensor, got "
+                f"{type(output).__name__}; choose it by output="
+            )
+        dense = output.dim() == self._image.dim()
+        parts = self._apart(output) if dense else output.chunk(len(self._numbers))
+        return torch.cat([target(part) for part in parts])
+
+    def _apart(self, maps: Tensor) -> list[Tensor]:
+        parts = zip(self._numbers, maps.chunk(len(self._numbers)), strict=True)
+        return [self._variations.undo(part, number) for number, part in parts]
+
+
+@dataclass(frozen=True)
+class Smooth(Variations):
+    """Gaussian noise, as in SmoothGrad, arXiv:1706.03825.
+
+    Attributes:
+        samples: how many noisy copies of each image are averaged.
+        std: of the noise, as a share of each image's range (max - min).
+        seed: the same seed gives the same noise, on every device and in every batch.
+        together: how many copies go through the model in one batch.
+    """
+
+    samples: int = 16
+    std: float = 0.15
+    seed: int = 0
+    together: int = 4
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.together < 1:
+            raise ValueError(
+                f"samples and together must be at least 1, got {self.samples} and {self.together}"
+            )
+        if not self.std >= 0:
+            raise ValueError(f"std must be a share of the image's range, 0 or more, got {self.std}")
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def apply(self, images: Tensor, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + number)
+        noise = torch.randn(images.shape[1:], generator=generator).to(images)
+        dims = tuple(range(1, images.dim()))
+        spread = images.amax(dims, keepdim=True) - images.amin(dims, keepdim=True)
+        return images + self.std * spread * noise
+
+
+@dataclass(frozen=True)
+class Augment(Variations):
+    """Test-time augmentation: flips, and the image at several intensities, in every combination.
+
+    Attributes:
+        flips: dimensions to flip, -1 for left and right; the image as it is comes too.
+        intensities: factors on the model's input.
+        together: how many variations go through the model in one batch.
+    """
+
+    flips: tuple[int, ...] = (-1,)
+    intensities: tuple[float, ...] = (0.9, 1.0, 1.1)
+    together: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.intensities or self.together < 1:
+            raise ValueError(
+                "intensities must hold at least one factor and together be at least 1, got "
+                f"{self.intensities} and {self.together}"
+            )
+        if any(not -3 <= dim < 0 for dim in self.flips):
+            raise ValueError(f"flips must be spatial dimensions, from -1 to -3, got {self.flips}")
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def apply(self, images: Tensor, number: int) -> Tensor:
+        dims, intensity = self._all()[number]
+        return images.flip(dims) * intensity
+
+    def undo(self, maps: Tensor, number: int) -> Tensor:
+        return maps.flip(self._all()[number][0])
+
+    def _all(self) -> list[tuple[tuple[int, ...], float]]:
+        subsets = chain.from_iterable(
+            combinations(self.flips, count) for count in range(len(self.flips) + 1)
+        )
+        return list(product(subsets, self.intensities))
