@@ -303,6 +303,7 @@ def _hf(name: str, weights: Weights) -> LoadedModel:
 
 
 def _hf_recipe(spec: str, config: Mapping[str, Any]) -> Recipe:
+    """The processor's steps; only an odd margin of the crop is split the other way round."""
     size, crop = config["size"], config.get("crop_size")
     if not config.get("do_resize", True) or not config.get("do_normalize", True):
         raise ModelError(f"{spec} prepares pictures without resizing or normalising them")

@@ -7,6 +7,7 @@ results.jsonl is the same whatever the number of workers, and memory stays flat.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence, Sized
@@ -154,19 +155,14 @@ def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> di
 
 
 def _chunks(source: Source, record: Record, size: int, summary: Summary) -> Iterator[Chunk]:
-    """What is not done yet, in batches."""
-    chunk: Chunk = []
-    for item in source:
-        name = record.name(item.path, item.name)
-        if item.path in record.done:
-            summary.resumed += 1
-            continue
-        chunk.append((item, name))
-        if len(chunk) == size:
+    """What is not done yet, in the batches of an uninterrupted run: rounding depends on them."""
+    items = iter(source)
+    while taken := list(itertools.islice(items, size)):
+        named = [(item, record.name(item.path, item.name)) for item in taken]
+        chunk = [(item, name) for item, name in named if item.path not in record.done]
+        summary.resumed += len(taken) - len(chunk)
+        if chunk:
             yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _next(batches: Iterator[Batch]) -> Batch | None:

@@ -231,8 +231,23 @@ def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks.add(handle)
         yield
     except BlockingIOError:
         raise RecordError(f"another process writes in {folder}; choose another folder") from None
     finally:
+        _locks.discard(handle)
         os.close(handle)
+
+
+_locks: set[int] = set()
+
+
+def _drop_locks() -> None:
+    """A forked worker would hold the lock for as long as it outlives a killed main process."""
+    for handle in _locks:
+        os.close(handle)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)

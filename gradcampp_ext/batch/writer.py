@@ -98,10 +98,10 @@ class Writer:
             row["files"] = {column: future.result() for column, future in futures.items()}
             rows.append(row)
         self._record.finish(rows)
+        self._progress.explained(rows)
         for path, reason in failures:
             self._record.fail(path, reason)
             self._progress.failed(path, reason)
-        self._progress.explained(rows)
 
 
 _Job = tuple[list[tuple["Row", dict[str, Future[str]]]], list[tuple[str, str]]]
