@@ -1,0 +1,323 @@
+// The whole op in one launch, for maps of which a tile of channels fits into shared memory.
+//
+// A block owns a slice of a sample's channels and up to targets_per_block of its targets. It goes
+// through the slice tile by tile; while one tile of A and G is worked on, the next is on its way
+// into the other half of shared memory. A tile of A stays there for its sum S, for its weighted
+// sum, and for all targets of the block, so that A and G are read from device memory once.
+// The maps of the block stay in shared memory too. At the end the block adds them to those of the
+// sample's other blocks: each writes its maps to the workspace, and the last to finish adds them
+// in the order of the slices and makes the output.
+#pragma once
+
+#include <cuda_pipeline_primitives.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cam.h"
+#include "cuda/block.cuh"
+#include "cuda/finish.cuh"
+#include "cuda/operand.cuh"
+#include "cuda/shared_memory.cuh"
+#include "math/methods.h"
+
+namespace gradcampp {
+
+// The second pass of the attention method: a channel's weight is the mean of attention times A.
+struct AttentionPooling {
+  static constexpr bool kElementwise = false, kTotal = false, kPair = true, kSecond = false;
+  template <class V>
+  static __device__ __forceinline__ void term(V attention, V a, V, V, V& first, V&) {
+    first += attention * a;
+  }
+  template <class V>
+  static __device__ __forceinline__ V weight(V first, V, V, V positions, V) {
+    return first / positions;
+  }
+};
+
+// a where a > floor, else a * 0: ReLU for a floor of 0, nothing for one of -infinity (which turns
+// an infinity into NaN).
+template <class V>
+__device__ __forceinline__ V above(V a, V floor) {
+  return a * select(a > floor, one<V>(), zero<V>());
+}
+
+// Where things lie in the block's shared memory, in bytes from its start.
+struct SharedLayout {
+  int activations, gradients;  // two tiles each
+  int maps;                    // [groups, targets_per_block, positions]
+  int totals, weights;         // [channels of a tile]
+  int scratch;                 // [2, kThreads]
+  int flag;
+  int bytes;
+};
+
+// Registers are kept few enough for this many blocks on a processor.
+constexpr int kBlocksPerProcessor = 4;
+
+struct FusedArguments {
+  Operand activations, gradients;
+  TileShape activation_tile, gradient_tile;
+  SharedLayout shared;
+  int64_t channels, channels_per_slice;
+  int64_t targets;
+  Extent extent;
+  int positions;
+  int channels_log2;  // of a tile
+  int slices;
+  int targets_per_block, target_blocks;
+  double floor, eps;
+  void* partial;       // [samples, target_blocks, slices, targets_per_block, positions]
+  unsigned* finished;  // [samples, target_blocks], zero: how many slices are done
+  void* output;
+  int64_t output_map;  // from map to map of the output
+  FinishArguments finish;
+};
+
+// In which order a thread at position p goes through the channels of a tile: shifted so that a
+// warp on 32 positions of a [positions, channels] tile reads from 32 different banks.
+template <class T>
+__device__ __forceinline__ int first_channel(int p, int channels) {
+  constexpr int kBankBytes = 128;
+  const int row_bytes = channels * static_cast<int>(sizeof(T));
+  const int words = row_bytes < kBankBytes ? p * row_bytes / kBankBytes : p;
+  constexpr int kPerWord = sizeof(T) < 4 ? 4 / static_cast<int>(sizeof(T)) : 1;
+  return words * kPerWord & (channels - 1);
+}
+
+// What the tile adds to one target's map: element(c, p) summed over its channels. A thread owns a
+// position, or, where there are fewer positions than threads, a position and every groups-th
+// channel; no two threads own the same cell of maps.
+template <class T, class Acc, class Element>
+__device__ __forceinline__ void add_tile_to_map(const FusedArguments& args, int channels, Acc* maps,
+                                                Element element) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int width = args.positions < kThreads ? args.positions : kThreads;
+  const int groups = kThreads / width, group = thread / width;
+  if (group >= groups) return;
+  maps += group * args.targets_per_block * args.positions;
+  const bool turned = args.activations.layout == Layout::kChannelsLast ||
+                      args.gradients.layout == Layout::kChannelsLast;
+  for (int p = thread - group * width; p < args.positions; p += width) {
+    Acc sum = 0;
+    if (turned) {
+      const int all = 1 << args.channels_log2, first = first_channel<T>(p, all);
+#pragma unroll 4
+      for (int i = group; i < all; i += groups) {
+        const int c = (i + first) & (all - 1);
+        if (c < channels) sum += element(c, p);
+      }
+    } else {
+#pragma unroll 4
+      for (int c = group; c < channels; c += groups) sum += element(c, p);
+    }
+    maps[p] += sum;
+  }
+}
+
+// Which part of the work is this block's.
+struct Share {
+  int64_t sample, first_target, first_channel;
+  int targets, channels, slice;
+  int64_t unit;  // counts the groups of blocks that make the same maps
+};
+
+__device__ __forceinline__ Share share_of_block(const FusedArguments& args) {
+  Share share;
+  const int target_block = static_cast<int>(blockIdx.x % args.target_blocks);
+  const unsigned rest = blockIdx.x / args.target_blocks;
+  share.slice = static_cast<int>(rest % args.slices);
+  share.sample = rest / args.slices;
+  share.unit = share.sample * args.target_blocks + target_block;
+  share.first_target = static_cast<int64_t>(target_block) * args.targets_per_block;
+  const int64_t targets = args.targets - share.first_target;
+  share.targets =
+      static_cast<int>(targets < args.targets_per_block ? targets : args.targets_per_block);
+  share.first_channel = share.slice * args.channels_per_slice;
+  const int64_t channels = args.channels - share.first_channel;
+  share.channels =
+      static_cast<int>(channels < args.channels_per_slice ? channels : args.channels_per_slice);
+  return share;
+}
+
+// Adds the block's maps to those of the sample's other blocks. False in all blocks but the last of
+// them to come here, which finds the sums of all in maps. Without other blocks that is so already.
+template <class Acc>
+__device__ __noinline__ bool gather_maps(const FusedArguments& args, Acc* maps, int* flag) {
+  const Share share = share_of_block(args);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int groups = args.positions < kThreads ? kThreads / args.positions : 1;
+  const int group_cells = args.targets_per_block * args.positions;
+  const int cells = share.targets * args.positions;
+  Acc* const partial = static_cast<Acc*>(args.partial) + share.unit * args.slices * group_cells;
+  __syncthreads();
+  for (int i = thread; i < cells; i += kThreads) {
+    Acc sum = maps[i];
+    for (int group = 1; group < groups; ++group) sum += maps[group * group_cells + i];
+    if (args.slices == 1) {
+      maps[i] = sum;
+    } else {
+      partial[static_cast<int64_t>(share.slice) * group_cells + i] = sum;
+    }
+  }
+  if (args.slices > 1) {
+    __threadfence();
+    __syncthreads();
+    if (thread == 0) {
+      const unsigned before = atomicAdd(args.finished + share.unit, 1u);
+      *flag = before == static_cast<unsigned>(args.slices) - 1;
+    }
+    __syncthreads();
+    if (*flag == 0) return false;
+    __threadfence();
+    // A thread owns a cell, or, where there are fewer cells than threads, a cell of every crews-th
+    // slice; crews * cells is never more than the groups' maps took.
+    const int width = cells < kThreads ? cells : kThreads;
+    const int crews = kThreads / width, crew = thread / width;
+    if (crew < crews) {
+      for (int i = thread - crew * width; i < cells; i += width) {
+        Acc sum = 0;
+#pragma unroll 8
+        for (int slice = crew; slice < args.slices; slice += crews) {
+          sum += __ldcg(partial + static_cast<int64_t>(slice) * group_cells + i);
+        }
+        maps[crew * cells + i] = sum;
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < cells; i += kThreads) {
+      Acc sum = maps[i];
+      for (int other = 1; other < crews; ++other) sum += maps[other * cells + i];
+      maps[i] = sum;
+    }
+  }
+  __syncthreads();
+  return true;
+}
+
+// The block's complete maps to the output. Like gather_maps not inlined, so that the main loop has
+// the registers; both are the same for all methods.
+template <class Acc>
+__device__ __noinline__ void finish_maps(const FusedArguments& args, Acc* maps, Acc* scratch) {
+  const Share share = share_of_block(args);
+  for (int k = 0; k < share.targets; ++k) {
+    Acc* const output = static_cast<Acc*>(args.output) +
+                        (share.sample * args.targets + share.first_target + k) * args.output_map;
+    finish_map(maps + k * args.positions, args.positions, args.finish, output, scratch);
+  }
+}
+
+template <class Rule, class A, class G>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    fused_kernel(const __grid_constant__ FusedArguments args) {
+  using Acc = Accumulator<A>;
+  unsigned char* const shared = shared_memory();
+  Acc* const maps = reinterpret_cast<Acc*>(shared + args.shared.maps);
+  Acc* const totals = reinterpret_cast<Acc*>(shared + args.shared.totals);
+  Acc* const weights = reinterpret_cast<Acc*>(shared + args.shared.weights);
+  Acc* const scratch = reinterpret_cast<Acc*>(shared + args.shared.scratch);
+  const Acc floor = static_cast<Acc>(args.floor), eps = static_cast<Acc>(args.eps);
+  const Share share = share_of_block(args);
+
+  const int groups = args.positions < kThreads ? kThreads / args.positions : 1;
+  for (int i = static_cast<int>(threadIdx.x); i < groups * args.targets_per_block * args.positions;
+       i += kThreads) {
+    maps[i] = 0;
+  }
+
+  const A* const activations = static_cast<const A*>(args.activations.data) +
+                               share.sample * args.activations.sample +
+                               share.first_channel * args.activations.channel;
+  const G* const gradients =
+      static_cast<const G*>(args.gradients.data) + share.sample * args.gradients.sample +
+      share.first_target * args.gradients.target + share.first_channel * args.gradients.channel;
+  const int tile_channels = 1 << args.channels_log2;
+
+  // A step is one target's tile of G; with the first target comes the tile of A. Each round asks
+  // for the next step, then works on its own; the first round only asks.
+  Tile<A> a{}, next_a{};
+  Tile<G> g{}, next_g{};
+  int k = -1, channels = 0;
+  int next_c = 0, next_k = 0;
+  for (int parity = 0, a_parity = 0;; parity ^= 1) {
+    __pipeline_wait_prior(0);
+    __syncthreads();  // this round's step has come, and nobody reads the one before it any more
+    a = next_a;
+    g = next_g;
+    const bool more = next_c < share.channels;
+    const int next_channels =
+        share.channels - next_c < tile_channels ? share.channels - next_c : tile_channels;
+    if (more) {
+      if (next_k == 0) {
+        next_a = load_tile(shared + args.shared.activations + a_parity * args.activation_tile.bytes,
+                           activations + next_c * args.activations.channel, next_channels,
+                           args.activations, args.activation_tile, args.extent);
+        a_parity ^= 1;
+      }
+      next_g =
+          load_tile(shared + args.shared.gradients + parity * args.gradient_tile.bytes,
+                    gradients + next_k * args.gradients.target + next_c * args.gradients.channel,
+                    next_channels, args.gradients, args.gradient_tile, args.extent);
+      __pipeline_commit();
+    }
+
+    if (k >= 0) {
+      Acc* const map = maps + k * args.positions;
+      if constexpr (Rule::kElementwise) {
+        add_tile_to_map<A>(args, channels, map, [&](int c, int p) {
+          return Rule::element(g(c, p), above(a(c, p), floor));
+        });
+      } else {
+        if (Rule::kTotal && k == 0) {
+          const Row row =
+              row_of_thread(args.channels_log2, args.activations.layout == Layout::kChannelsLast);
+          Acc sum[1] = {0};
+          if (row.channel < channels) {
+#pragma unroll 4
+            for (int p = row.lane; p < args.positions; p += row.lanes) {
+              sum[0] += above(a(row.channel, p), floor);
+            }
+          }
+          add_over_row(row, sum, scratch);
+          if (row.lane == 0) totals[row.channel] = sum[0];
+          __syncthreads();
+        }
+        const Row row =
+            row_of_thread(args.channels_log2, args.gradients.layout == Layout::kChannelsLast);
+        const int c = row.channel;
+        const Acc total = Rule::kTotal ? totals[c] : Acc(0);
+        Acc sums[Rule::kSecond ? 2 : 1] = {};
+        Acc& second = sums[Rule::kSecond ? 1 : 0];  // a rule without one leaves it alone
+        if (c < channels) {
+#pragma unroll 4
+          for (int p = row.lane; p < args.positions; p += row.lanes) {
+            const Acc beside = Rule::kPair ? above(a(c, p), floor) : Acc(0);
+            Rule::term(g(c, p), beside, total, eps, sums[0], second);
+          }
+        }
+        add_over_row(row, sums, scratch);
+        if (row.lane == 0) {
+          weights[c] = Rule::weight(sums[0], second, total, static_cast<Acc>(args.positions), eps);
+        }
+        __syncthreads();
+        add_tile_to_map<A>(args, channels, map, [&](int channel, int p) {
+          return weights[channel] * above(a(channel, p), floor);
+        });
+      }
+    }
+    if (!more) break;
+    k = next_k;
+    channels = next_channels;
+    if (++next_k == share.targets) {
+      next_k = 0;
+      next_c += tile_channels;
+    }
+  }
+
+  if (gather_maps(args, maps, reinterpret_cast<int*>(shared + args.shared.flag))) {
+    finish_maps(args, maps, scratch);
+  }
+}
+
+}  // namespace gradcampp
