@@ -1,0 +1,207 @@
+"""Builds the CUDA sources for the host and runs the op on them; see emulator.h for what is checked.
+
+A case that the emulator or a sanitizer objects to raises ``EmulationError`` with the report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcampp_ext import methods
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+TYPES = {torch.float64: "double", torch.float32: "float", torch.float16: "half"}
+TYPES[torch.bfloat16] = "bfloat16"
+DTYPES = list(TYPES)
+METHODS = list(methods.METHODS)
+NORMALIZE = [None, "minmax", "max"]
+INTERPOLATION = ["linear", "nearest"]
+SPARSE = 1 << 30
+
+COMPILE = [
+    *("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+]
+
+
+class EmulationError(RuntimeError):
+    """The emulator or a sanitizer stopped the program; the message is its report."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the launches are planned for: processors, and bytes of shared memory."""
+
+    processors: int = 4
+    shared_per_block: int = 64 * 1024
+    shared_per_processor: int = 128 * 1024
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(folder: Path, csrc: Path = CSRC, types: tuple[str, ...] = tuple(TYPES.values())) -> Path:
+    """Compiles the sources in ``csrc`` into one program in ``folder``.
+
+    Types that are left out give cudaErrorInvalidValue.
+    """
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    names = {f"cam_{name}.cu": name for name in TYPES.values()}
+    missing = [name for name in TYPES.values() if name not in types]
+    sources = [s for s in sources if names.get(s.name) not in missing]
+    command = [compiler() or "", *COMPILE, f"-I{HERE / 'include'}", f"-I{csrc}"]
+    command += [f"-DEMULATE_WITHOUT_{name.upper()}" for name in missing]
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", target], check=True)
+        return target
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    program = folder / "emulation"
+    subprocess.run([*command, *objects, "-o", str(program)], check=True)
+    return program
+
+
+class Emulator:
+    """The op on emulated CUDA. Calls mirror ``gradcampp_ext.cam`` and its siblings."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self.launches = 0  # of the last call, memory operations left out
+        self.workspace = 0  # bytes of the last call
+
+    def cam(
+        self,
+        activations: Tensor,
+        gradients: Tensor,
+        *,
+        method: str = "gradcampp",
+        size: tuple[int, ...] | None = None,
+        normalize: str | None = "minmax",
+        interpolation: str = "linear",
+        relu: bool = True,
+        rectify: bool | None = None,
+        eps: float | None = None,
+        temperature: float = 1.0,
+        seed: int = 1,
+        device: Device = Device(),  # noqa: B008 - frozen
+        weights: bool = False,
+    ) -> Tensor:
+        single = gradients.dim() == activations.dim()
+        g = gradients.unsqueeze(1) if single else gradients
+        row = methods.get(method)
+        space = activations.shape[2:]
+        pad = 3 - len(space)
+        pixels = tuple(space) if size is None else size
+        request = [
+            *(0, seed, device.processors, device.shared_per_block, device.shared_per_processor),
+            *(DTYPES.index(activations.dtype), g.shape[0], g.shape[1], g.shape[2]),
+            *([1] * pad + list(space)),
+            *activations.stride()[:2],
+            *([0] * pad + list(activations.stride()[2:])),
+            *g.stride()[:3],
+            *([0] * pad + list(g.stride()[3:])),
+            *(METHODS.index(method), row.rectify if rectify is None else rectify),
+            *((row.eps or 0.0) if eps is None else float(eps), float(temperature), weights),
+            *([1] * pad + list(pixels)),
+            *(relu, NORMALIZE.index(normalize), INTERPOLATION.index(interpolation)),
+            *(x.storage_offset() * x.element_size() for x in (activations, g)),
+        ]
+        shape = (*g.shape[:2], g.shape[2]) if weights else (*g.shape[:2], *pixels)
+        dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32
+        out = self._call(_pack(request), [activations, g], shape, dtype)
+        return out.squeeze(1) if single else out
+
+    def channel_weights(self, activations: Tensor, gradients: Tensor, **options: Any) -> Tensor:
+        return self.cam(activations, gradients, weights=True, **options)
+
+    def overlay(
+        self, images: Tensor, maps: Tensor, table: Tensor, alpha: float, seed: int = 1
+    ) -> Tensor:
+        n, h, w, _ = images.shape
+        request = [
+            *(1, seed, 4, 65536, 131072, n, h, w, images.dtype == torch.uint8),
+            *(images.stride(0), images.stride(3), images.stride(1), images.stride(2)),
+            *maps.stride(),
+            *(1.0 - alpha, float(alpha)),
+            *(x.storage_offset() * x.element_size() for x in (images, maps)),
+        ]
+        return self._call(_pack(request), [images, maps, table], (n, h, w, 3), torch.uint8)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _call(
+        self, request: bytes, tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        if self._process is None:
+            pipe = subprocess.PIPE
+            options = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+            self._process = subprocess.Popen(
+                self._program, stdin=pipe, stdout=pipe, stderr=pipe, env=options
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(request + b"".join(_storage(x) for x in tensors))
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the report follows
+        head = process.stdout.read(24)
+        out = torch.empty(shape, dtype=dtype)
+        body = process.stdout.read(out.numel() * out.element_size()) if len(head) == 24 else b""
+        if len(body) < out.numel() * out.element_size() or len(head) < 24:
+            _, report = process.communicate()
+            self._process = None
+            raise EmulationError(report.decode(errors="replace"))
+        error, self.workspace, self.launches = struct.unpack("<3q", head)
+        if error:
+            raise EmulationError(f"cudaError {error}")
+        if body:
+            out.view(torch.uint8).flatten().copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
+        return out
+
+
+def _pack(values: list[float]) -> bytes:
+    return b"".join(struct.pack("<d" if type(v) is float else "<q", v) for v in values)
+
+
+def _storage(x: Tensor) -> bytes:
+    """The memory behind a tensor: its size and pieces of it (see Storage in driver.cpp).
+
+    Of memory beyond 1 GiB only the elements of the tensor are sent.
+    """
+    storage = x.untyped_storage()
+    if storage.nbytes() <= SPARSE:
+        data = torch.empty(0, dtype=torch.uint8).set_(storage)
+        return _pack([storage.nbytes(), 1, 0, storage.nbytes()]) + data.numpy().tobytes()
+    element = x.element_size()
+    values = x.contiguous().view(torch.uint8).reshape(-1, element)
+    grid = torch.meshgrid(*(torch.arange(n) for n in x.shape), indexing="ij")
+    offsets = sum(i * s for i, s in zip(grid, x.stride(), strict=True)).flatten()  # type: ignore[union-attr]
+    pieces = b"".join(
+        _pack([(int(offset) + x.storage_offset()) * element, element]) + value.numpy().tobytes()
+        for offset, value in zip(offsets, values, strict=True)
+    )
+    return _pack([storage.nbytes(), len(values)]) + pieces
