@@ -312,10 +312,10 @@ def _device(name: str) -> torch.device:
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Errors that tell the user what to do are printed without a traceback."""
-    from gradcampp_ext.batch import EngineError, PipelineError, RecordError
+    from gradcampp_ext.batch import DecodeError, EngineError, RecordError
     from gradcampp_ext.capture import CaptureError
 
-    expected = (ValueError, ImportError, CaptureError, EngineError, PipelineError, RecordError)
+    expected = (ValueError, ImportError, CaptureError, EngineError, DecodeError, RecordError)
     try:
         yield
     except expected as error:

@@ -709,7 +709,7 @@ class Deadly(batch.Dataset):
 
 def test_a_worker_that_dies_is_told(tmp_path, model):
     pictures = [Image.new("RGB", (40, 40)) for _ in range(8)]
-    with pytest.raises(batch.PipelineError, match="decoding stopped"):
+    with pytest.raises(batch.DecodeError, match="decoding stopped"):
         run(Deadly(pictures), model, tmp_path, batch_size=2, workers=1)
 
 

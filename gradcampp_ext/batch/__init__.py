@@ -9,8 +9,9 @@ summary = batch.run(
 
 from __future__ import annotations
 
+from gradcampp_ext.batch.decode import DecodeError
 from gradcampp_ext.batch.engine import EngineError, Options
-from gradcampp_ext.batch.pipeline import PipelineError, Summary, run
+from gradcampp_ext.batch.pipeline import Summary, run
 from gradcampp_ext.batch.progress import JsonLines, Lines, Progress
 from gradcampp_ext.batch.record import RecordError
 from gradcampp_ext.batch.sinks import Maps, Overlays, Rendered, Sink
@@ -18,6 +19,7 @@ from gradcampp_ext.batch.sources import Dataset, Files, Item, Source, SourceErro
 
 __all__ = [
     "Dataset",
+    "DecodeError",
     "EngineError",
     "Files",
     "Item",
@@ -26,7 +28,6 @@ __all__ = [
     "Maps",
     "Options",
     "Overlays",
-    "PipelineError",
     "Progress",
     "RecordError",
     "Rendered",

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Chunk = list[tuple["Item", str]]  # pictures of one batch, and what their outputs are called
 
 _MOST_WORKERS = 16
+
+
+class DecodeError(RuntimeError):
+    """A decoding process died; the text says what is known."""
 
 
 class Decoded(NamedTuple):
@@ -102,18 +106,45 @@ class Decoder(Dataset[Batch]):
             raise ImageError(f"its label cannot be used: {error}") from error
 
 
-def loader(
-    decoder: Decoder, chunks: Iterable[Chunk], *, workers: int, pin: bool
-) -> DataLoader[Batch]:
-    """Batches in the order of the chunks; the workers start when it is iterated."""
-    return DataLoader(
-        decoder,
-        batch_size=None,
-        sampler=chunks,
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_leave_interrupts_to_main,
-    )
+class Decoding:
+    """Batches in the order of the chunks, from worker processes that end with the context.
+
+    Args:
+        workers: 0 decodes in this process.
+        pin: whether tensors are copied to page-locked memory, for transfers to a GPU.
+    """
+
+    def __init__(
+        self, decoder: Decoder, chunks: Iterable[Chunk], *, workers: int, pin: bool
+    ) -> None:
+        loader = DataLoader(
+            decoder,
+            batch_size=None,
+            sampler=chunks,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=_leave_signals_to_main,
+        )
+        self._batches: Any = iter(loader)
+
+    def __enter__(self) -> Decoding:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # left to the garbage collector, they would outlive an exception that refers to them
+        if hasattr(self._batches, "_shutdown_workers"):
+            self._batches._shutdown_workers()
+
+    def next(self) -> Batch | None:
+        """The next batch; None after the last. DecodeError if a worker died."""
+        try:
+            batch: Batch | None = next(self._batches, None)
+        except RuntimeError as error:
+            raise DecodeError(
+                f"decoding stopped: {error}; if a process was killed for its memory, try fewer "
+                "workers or a smaller batch"
+            ) from error
+        return batch
 
 
 def default_workers(device: torch.device, batches: int | None) -> int:
@@ -126,5 +157,7 @@ def default_workers(device: torch.device, batches: int | None) -> int:
     return max(1, min((cores or 2) - 1, _MOST_WORKERS))
 
 
-def _leave_interrupts_to_main(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_main(_: int) -> None:
+    """Terminals and schedulers signal the whole group; the main process ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

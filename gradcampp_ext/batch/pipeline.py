@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradcampp_ext.batch.decode import Batch, Chunk, Decoder, default_workers, loader
+from gradcampp_ext.batch.decode import Chunk, Decoder, Decoding, default_workers
 from gradcampp_ext.batch.engine import Engine, Options
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from gradcampp_ext.batch.sinks import Sink
     from gradcampp_ext.batch.sources import Source
     from gradcampp_ext.models import LoadedModel
-
-
-class PipelineError(RuntimeError):
-    """The run cannot go on; the text says why. What is recorded stays."""
 
 
 @dataclass
@@ -91,7 +87,7 @@ def run(
     Raises:
         RecordError: the folder cannot be used, or not be written any longer.
         EngineError, CaptureError, ValueError: model, layer, method and pictures do not fit.
-        PipelineError: a decoding process died.
+        DecodeError: a decoding process died.
     """
     options = options or Options()
     stop = stop or threading.Event()
@@ -105,7 +101,8 @@ def run(
         batches = None if total is None else -(-total // options.batch_size)
         workers = default_workers(options.device, batches)
     settings = _settings(model, options, sinks)
-    with Record(out, settings, rows=options.topk, overwrite=overwrite) as record:
+    record = Record(out, settings, rows=options.topk, overwrite=overwrite)
+    with record, progress:
         decoder = Decoder(
             source,
             model,
@@ -113,23 +110,24 @@ def run(
             needs_label=options.target == "label",
         )
         chunks = _chunks(source, record, options.batch_size, summary)
-        decoded = iter(loader(decoder, chunks, workers=workers, pin=options.device.type == "cuda"))
-        progress.started(total, len(record.done))
-        clock = _Clock()
-        with Writer(record, sinks, tally) as writer:
-            while not stop.is_set():
-                batch = _next(decoded)
-                clock.lap("decode")
-                if batch is None:
-                    break
-                rows, rendered = engine(batch)
-                arrays = [] if rendered is None else [sink.render(rendered) for sink in sinks]
-                clock.lap("explain")
-                writer.put(rows, arrays, batch.failures)
-                clock.lap("write")
-            else:
-                summary.interrupted = True
-        clock.lap("write")
+        pin = options.device.type == "cuda"
+        with Decoding(decoder, chunks, workers=workers, pin=pin) as decoding:
+            progress.started(total, len(record.done))
+            clock = _Clock()
+            with Writer(record, sinks, tally) as writer:
+                while not stop.is_set():
+                    batch = decoding.next()
+                    clock.lap("decode")
+                    if batch is None:
+                        break
+                    rows, rendered = engine(batch)
+                    arrays = [] if rendered is None else [sink.render(rendered) for sink in sinks]
+                    clock.lap("explain")
+                    writer.put(rows, arrays, batch.failures)
+                    clock.lap("write")
+                else:
+                    summary.interrupted = True
+            clock.lap("write")
         summary.seconds, summary.shares = clock.shares()
     progress.finished(summary)
     return summary
@@ -163,16 +161,6 @@ def _chunks(source: Source, record: Record, size: int, summary: Summary) -> Iter
         summary.resumed += len(taken) - len(chunk)
         if chunk:
             yield chunk
-
-
-def _next(batches: Iterator[Batch]) -> Batch | None:
-    try:
-        return next(batches, None)
-    except RuntimeError as error:
-        raise PipelineError(
-            f"decoding stopped: {error}; if a process was killed for its memory, try fewer "
-            "workers or a smaller batch"
-        ) from error
 
 
 class _Tally(Progress):

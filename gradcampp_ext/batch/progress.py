@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Is told what happens in a run; does nothing with it. Methods come from several threads."""
+    """Is told what happens in a run, which is its context; does nothing with it.
+
+    `explained` and `failed` are called from another thread than the rest.
+    """
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The run has ended, perhaps by an exception."""
 
     def started(self, total: int | None, done: int) -> None:
         """`total` pictures, if that is known, of which `done` were explained earlier."""
@@ -38,7 +47,7 @@ class Progress:
         """A picture that is skipped."""
 
     def finished(self, summary: Summary) -> None:
-        """The run has ended, or was told to stop."""
+        """All is written, or as much as was in flight when the run was told to stop."""
 
 
 class Lines(Progress):
@@ -90,6 +99,10 @@ class Lines(Progress):
         self._pace.failed += 1
         self._print(Text.assemble(f"{printable(path)}: ", (f"skipped: {printable(reason)}", "red")))
         self._advance(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def finished(self, summary: Summary) -> None:
         if self._bar is not None:
