@@ -330,13 +330,12 @@ def test_hugging_face_folder(tmp_path, processor, options):
 
     assert loaded.classes.names == ("cat", "dog")
     torch.testing.assert_close(loaded.model.state_dict(), model.state_dict())
-    image = Image.radial_gradient("L").resize((500, 330)).convert("RGB")
+    image = Image.effect_noise((501, 330), 80).convert("RGB")
     ours = loaded.recipe.normalize(torch.from_numpy(loaded.recipe.picture(image)[None].copy()))
     theirs = prepare(image, return_tensors="pt")["pixel_values"]
     # the processor resizes tensors, which rounds differently from Pillow
     levels = (ours - theirs).abs() * 255 * torch.tensor(loaded.recipe.std)[:, None, None]
-    assert levels.max() < 4
-    assert levels.mean() < 0.3
+    assert levels.mean() < 0.02
 
 
 def test_hash_is_of_names_types_shapes_and_values():
