@@ -16,7 +16,8 @@ namespace {
 // Channels of a tile, whose activations are read twice: a few rows that stay in L2 where positions
 // are neighbours; where channels are, all of them, so that memory is read in order, as long as the
 // tile stays in a core's share of L3.
-constexpr int64_t kRowChannels = 16;
+constexpr int64_t kRowChannels = 16, kMostRowChannels = 64;
+constexpr int64_t kRowTileBytes = 32 * 1024;
 constexpr int64_t kLineChannels = 64;
 constexpr int64_t kTileBytes = 4 * 1024 * 1024;
 // Under this many bytes a second thread costs more than it saves.
@@ -184,7 +185,8 @@ class Cam {
     positions_ = args_.positions();
     map_stride_ = rounded_up(positions_, kLanes<T>);
     const int64_t row_bytes = positions_ * static_cast<int64_t>(sizeof(S));
-    tile_ = kRowChannels;
+    tile_ = smaller(larger(kRowTileBytes / row_bytes / kRowChannels, 1) * kRowChannels,
+                    kMostRowChannels);
     if (!stage_a_ && a_walk_.order == Order::kChannelInner) {
       tile_ = larger(kTileBytes / row_bytes / kLineChannels, 1) * kLineChannels;
     }

@@ -287,21 +287,22 @@ void add_weighted(const Tile<S>& a, T floor_value, const T* weights, int64_t wei
   if (a.order == Order::kChannelInner) {
     return add_columns<kShown>(a, floor, weights, weight_stride, targets, maps, map_stride);
   }
-  auto add = [&](auto channels, int64_t c) {
-    constexpr int kChannels = decltype(channels)::value;
-    int64_t k = 0;
-    for (; k + 4 <= targets; k += 4) {
-      add_rows<kChannels, 4, kShown>(a, c, floor, weights + k * weight_stride, weight_stride,
-                                     maps + k * map_stride, map_stride);
+  // All channels go into a few maps before the next ones: those stay in L1.
+  auto add = [&](auto targets_at_once, int64_t k) {
+    constexpr int kTargets = decltype(targets_at_once)::value;
+    const T* w = weights + k * weight_stride;
+    T* map = maps + k * map_stride;
+    int64_t c = 0;
+    for (; c + 4 <= a.channels; c += 4) {
+      add_rows<4, kTargets, kShown>(a, c, floor, w, weight_stride, map, map_stride);
     }
-    for (; k < targets; ++k) {
-      add_rows<kChannels, 1, kShown>(a, c, floor, weights + k * weight_stride, weight_stride,
-                                     maps + k * map_stride, map_stride);
+    for (; c < a.channels; ++c) {
+      add_rows<1, kTargets, kShown>(a, c, floor, w, weight_stride, map, map_stride);
     }
   };
-  int64_t c = 0;
-  for (; c + 4 <= a.channels; c += 4) add(Constant<4>{}, c);
-  for (; c < a.channels; ++c) add(Constant<1>{}, c);
+  int64_t k = 0;
+  for (; k + 4 <= targets; k += 4) add(Constant<4>{}, k);
+  for (; k < targets; ++k) add(Constant<1>{}, k);
 }
 
 // Both tiles have the same order.
