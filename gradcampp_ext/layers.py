@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,14 +115,16 @@ def default(
     kwargs: Mapping[str, Any],
     score: Callable[[Any], Tensor],
 ) -> Site:
-    """The input of the global pooling, or else the last layer with maps.
+    """The input of the global pooling, or else the last layer with maps, before the last weights.
 
-    Where a class token alone decides after the last attention, it is the last normalization at
-    which the patches still count. ``score`` takes what the model returns to one score, [N, 1].
+    Behind those, maps are the classes' own: what a fully convolutional head gives. Where a class
+    token alone decides after the last attention, it is the last normalization at which the
+    patches still count. ``score`` takes what the model returns to one score a sample, [N, 1].
     """
     image = image_of(args, kwargs)
     calls = trace(model, args, kwargs)
-    sites = _sites(calls, image)
+    learned = [index for index, call in enumerate(calls) if call.module._parameters]
+    sites = _sites(calls[: max(learned, default=0)], image) or _sites(calls, image)
     sites.sort(key=lambda pair: _lies_over(pair[1], image))  # attention's [N, heads, T, T] first
     for site, shape in reversed(sites):
         if len(shape) == image.dim():
@@ -153,9 +156,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """The modules that ran exactly once in one forward pass and gave a tensor, as they finished."""
     calls: list[Call] = []
     times: dict[str, int] = {}
+    thread = threading.get_ident()
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             times[name] = times.get(name, 0) + 1
             _, tensor = first_tensor(args or kwargs)
             if isinstance(output, torch.Tensor):
@@ -263,7 +269,7 @@ def _patches(shape: Sequence[int], image: Tensor, calls: Sequence[Call]) -> Layo
         for grid in grids:
             merged = tuple(math.ceil(size / stride) for size in grid)
             prefix = shape[1] - math.prod(merged)
-            if 0 <= prefix <= MAX_PREFIX:
+            if 0 <= prefix <= (MAX_PREFIX if stride == 1 else 0):
                 return Layout(merged, prefix)
     return None
 

@@ -108,6 +108,17 @@ class Functional(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+def fully_convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(2)
+
+
 class HeadsBehind(nn.Module):
     """Attention whose [N, heads, T, d] looks like maps at first sight."""
 
@@ -126,6 +137,8 @@ class HeadsBehind(nn.Module):
     [
         (pooled, (8, 10), "2:input"),
         (Functional, (8, 10), "features"),
+        (fully_convolutional, (8, 10), "1"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.Flatten(2), Mean()), (8, 10), "0"),
         (lambda: MeanOfTokens(1), (16, 24), "block"),
         (vision_transformer, (32, 32), "encoder.layers.encoder_layer_1.ln_1"),
         (swin, (32, 48), "avgpool:input"),
