@@ -89,6 +89,24 @@ __device__ __forceinline__ Acc reduce_over_block(Acc value, Acc* scratch, Op op)
   return value;
 }
 
+// use(i, read(i)) for i = first, first + step, ... below end, with several reads on their way at a
+// time.
+template <class Read, class Use>
+__device__ __forceinline__ void walk(int first, int end, int step, Read read, Use use) {
+  constexpr int kAtOnce = 4;
+  int i = first;
+#pragma unroll 1
+  for (; i < end - (kAtOnce - 1) * step; i += kAtOnce * step) {
+    decltype(read(i)) values[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) values[j] = read(i + j * step);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) use(i + j * step, values[j]);
+  }
+#pragma unroll 1
+  for (; i < end; i += step) use(i, read(i));
+}
+
 struct Add {
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {

@@ -75,8 +75,8 @@ struct FusedArguments {
   FinishArguments finish;
 };
 
-// In which order a thread at position p goes through the channels of a tile: shifted so that a
-// warp on 32 positions of a [positions, channels] tile reads from 32 different banks.
+// With which of the `channels` (a power of two) of a tile a thread at position p begins: such that
+// a warp on 32 positions of a [positions, channels] tile reads from 32 different banks.
 template <class T>
 __device__ __forceinline__ int first_channel(int p, int channels) {
   constexpr int kBankBytes = 128;
@@ -97,20 +97,20 @@ __device__ __forceinline__ void add_tile_to_map(const FusedArguments& args, int 
   const int groups = kThreads / width, group = thread / width;
   if (group >= groups) return;
   maps += group * args.targets_per_block * args.positions;
-  const bool turned = args.activations.layout == Layout::kChannelsLast ||
-                      args.gradients.layout == Layout::kChannelsLast;
+  const bool turned =
+      channels == 1 << args.channels_log2 && (args.activations.layout == Layout::kChannelsLast ||
+                                              args.gradients.layout == Layout::kChannelsLast);
   for (int p = thread - group * width; p < args.positions; p += width) {
     Acc sum = 0;
     if (turned) {
-      const int all = 1 << args.channels_log2, first = first_channel<T>(p, all);
-#pragma unroll 4
-      for (int i = group; i < all; i += groups) {
-        const int c = (i + first) & (all - 1);
-        if (c < channels) sum += element(c, p);
-      }
+      const int first = first_channel<T>(p, channels);
+      walk(
+          group, channels, groups, [&](int i) { return element((i + first) & (channels - 1), p); },
+          [&](int, Acc value) { sum += value; });
     } else {
-#pragma unroll 4
-      for (int c = group; c < channels; c += groups) sum += element(c, p);
+      walk(
+          group, channels, groups, [&](int c) { return element(c, p); },
+          [&](int, Acc value) { sum += value; });
     }
     maps[p] += sum;
   }
@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const Share share = share_of_block(args);
 
   const int groups = args.positions < kThreads ? kThreads / args.positions : 1;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < groups * args.targets_per_block * args.positions;
        i += kThreads) {
     maps[i] = 0;
@@ -250,13 +251,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         share.channels - next_c < tile_channels ? share.channels - next_c : tile_channels;
     if (more) {
       if (next_k == 0) {
-        next_a = load_tile(shared + args.shared.activations + a_parity * args.activation_tile.bytes,
+        next_a = load_tile(args.shared.activations + a_parity * args.activation_tile.bytes,
                            activations + next_c * args.activations.channel, next_channels,
                            args.activations, args.activation_tile, args.extent);
         a_parity ^= 1;
       }
       next_g =
-          load_tile(shared + args.shared.gradients + parity * args.gradient_tile.bytes,
+          load_tile(args.shared.gradients + parity * args.gradient_tile.bytes,
                     gradients + next_k * args.gradients.target + next_c * args.gradients.channel,
                     next_channels, args.gradients, args.gradient_tile, args.extent);
       __pipeline_commit();
@@ -274,10 +275,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
               row_of_thread(args.channels_log2, args.activations.layout == Layout::kChannelsLast);
           Acc sum[1] = {0};
           if (row.channel < channels) {
-#pragma unroll 4
-            for (int p = row.lane; p < args.positions; p += row.lanes) {
-              sum[0] += above(a(row.channel, p), floor);
-            }
+            walk(
+                row.lane, args.positions, row.lanes, [&](int p) { return a(row.channel, p); },
+                [&](int, Acc cell) { sum[0] += above(cell, floor); });
           }
           add_over_row(row, sum, scratch);
           if (row.lane == 0) totals[row.channel] = sum[0];
@@ -290,11 +290,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         Acc sums[Rule::kSecond ? 2 : 1] = {};
         Acc& second = sums[Rule::kSecond ? 1 : 0];  // a rule without one leaves it alone
         if (c < channels) {
-#pragma unroll 4
-          for (int p = row.lane; p < args.positions; p += row.lanes) {
-            const Acc beside = Rule::kPair ? above(a(c, p), floor) : Acc(0);
-            Rule::term(g(c, p), beside, total, eps, sums[0], second);
-          }
+          walk(
+              row.lane, args.positions, row.lanes, [&](int p) { return g(c, p); },
+              [&](int p, Acc gradient) {
+                const Acc beside = Rule::kPair ? above(a(c, p), floor) : Acc(0);
+                Rule::term(gradient, beside, total, eps, sums[0], second);
+              });
         }
         add_over_row(row, sums, scratch);
         if (row.lane == 0) {

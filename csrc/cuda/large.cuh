@@ -62,10 +62,9 @@ __global__ void __launch_bounds__(kThreads)
     const Row row = row_of_thread(args.channels_log2, args.activations.adjacent);
     Acc sum[1] = {0};
     if (row.channel < channels) {
-#pragma unroll 4
-      for (int p = row.lane; p < args.positions; p += row.lanes) {
-        sum[0] += above(a(row.channel, p), floor);
-      }
+      walk(
+          row.lane, args.positions, row.lanes, [&](int p) { return a(row.channel, p); },
+          [&](int, Acc cell) { sum[0] += above(cell, floor); });
     }
     add_over_row(row, sum, scratch);
     if (row.lane == 0) totals[row.channel] = sum[0];
@@ -80,11 +79,12 @@ __global__ void __launch_bounds__(kThreads)
                     args.gradients, args.extent};
     Acc sums[2] = {0, 0};
     if (c < channels) {
-#pragma unroll 4
-      for (int p = row.lane; p < args.positions; p += row.lanes) {
-        const Acc beside = Rule::kPair ? above(a(c, p), floor) : Acc(0);
-        Rule::term(g(c, p), beside, total, eps, sums[0], sums[1]);
-      }
+      walk(
+          row.lane, args.positions, row.lanes, [&](int p) { return g(c, p); },
+          [&](int p, Acc gradient) {
+            const Acc beside = Rule::kPair ? above(a(c, p), floor) : Acc(0);
+            Rule::term(gradient, beside, total, eps, sums[0], sums[1]);
+          });
     }
     add_over_row(row, sums, scratch);
     if (row.lane == 0 && c < channels) {

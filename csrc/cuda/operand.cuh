@@ -10,6 +10,7 @@
 #include "cam.h"
 #include "cuda/block.cuh"
 #include "cuda/scalar.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace gradcampp {
 
@@ -51,12 +52,14 @@ struct TileShape {
   int bytes;  // of one tile, a multiple of 16; kRows has room to keep the alignment of its source
 };
 
+// Holds an offset, not a pointer, so that the compiler sees that it reads shared memory.
 template <class T>
 struct Tile {
-  const T* data;
+  int offset;  // bytes
   int channel, position;
 
   __device__ __forceinline__ Accumulator<T> operator()(int c, int p) const {
+    const T* const data = reinterpret_cast<const T*>(shared_memory() + offset);
     return widened(data[c * channel + p * position]);
   }
 };
@@ -64,16 +67,18 @@ struct Tile {
 // Starts the copy of `channels` channels from source and says where they will lie; the caller
 // commits, waits and synchronises.
 template <class T>
-__device__ __forceinline__ Tile<T> load_tile(unsigned char* stage, const T* source, int channels,
+__device__ __forceinline__ Tile<T> load_tile(int stage, const T* source, int channels,
                                              const Operand& operand, const TileShape& shape,
                                              const Extent& extent) {
   constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
   const int thread = static_cast<int>(threadIdx.x);
-  T* tile = reinterpret_cast<T*>(stage);
+  T* tile = reinterpret_cast<T*>(shared_memory() + stage);
+  int offset = stage;
   if (operand.layout == Layout::kRows) {
     // One run: elements up to the first aligned address, vectors, the remaining elements.
     const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(source) % kVectorBytes);
-    tile = reinterpret_cast<T*>(stage + shift);
+    tile = reinterpret_cast<T*>(shared_memory() + stage + shift);
+    offset += shift;
     const int count = channels * shape.columns;
     const int before = (kVectorBytes - shift) % kVectorBytes / static_cast<int>(sizeof(T));
     const int head = before < count ? before : count;
@@ -87,6 +92,7 @@ __device__ __forceinline__ Tile<T> load_tile(unsigned char* stage, const T* sour
   } else if (operand.layout == Layout::kChannelsLast) {
     const int vectors = shape.position / kVector;  // of a full tile: a power of two
     const int shift = 31 - __clz(vectors);
+#pragma unroll 1
     for (int i = thread; i < shape.columns * vectors; i += kThreads) {
       const int p = i >> shift, c = (i & (vectors - 1)) * kVector;
       if (c < channels) {
@@ -99,6 +105,7 @@ __device__ __forceinline__ Tile<T> load_tile(unsigned char* stage, const T* sour
     const int width = shape.columns < kThreads ? shape.columns : kThreads;
     const int groups = kThreads / width;
     const int group = thread / width;
+#pragma unroll 1
     for (int p = thread - group * width; group < groups && p < shape.columns; p += width) {
       const T* const column = source + operand.offset(p, extent);
 #pragma unroll 4
@@ -107,7 +114,7 @@ __device__ __forceinline__ Tile<T> load_tile(unsigned char* stage, const T* sour
       }
     }
   }
-  return {tile, shape.channel, shape.position};
+  return {offset, shape.channel, shape.position};
 }
 
 }  // namespace gradcampp
