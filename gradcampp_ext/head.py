@@ -34,9 +34,10 @@ def gradients(
         classes: [N, K].
     Returns: [N, K, *shape[1:]], expanded from [N, K, C] (stride 0 over space), or None.
     """
-    channel, weight = _linear_of_mean(output, edge.node, shape)
-    if weight is None:
+    found = linear_of_mean(output, edge, shape)
+    if found is None:
         return None
+    channel, weight = found
     if classes.stride(0) == 0:  # the same for all samples
         classes = classes[:1]
     per_channel = weight[classes] / (math.prod(shape[1:]) // shape[channel])
@@ -46,27 +47,28 @@ def gradients(
     return view.expand(shape[0], -1, *shape[1:])
 
 
-def _linear_of_mean(output: Tensor, layer: Any, shape: Sequence[int]) -> tuple[int, Tensor | None]:
-    """The channels' dimension and the weight [classes, C], where output = linear(mean(layer))."""
-    unknown = 0, None
+def linear_of_mean(
+    output: Tensor, edge: GradientEdge, shape: Sequence[int]
+) -> tuple[int, Tensor] | None:
+    """The channels' dimension and weight [classes, C], if output = linear(mean(activations))."""
     linear = output.grad_fn
     if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
-        return unknown
+        return None
     addmm: Any = linear
     scaled = linear.name() == "AddmmBackward0" and (addmm._saved_alpha, addmm._saved_beta) != (1, 1)
     node = linear.next_functions[-2][0]  # of (bias, input, weight) or (input, weight)
     while node is not None and _only_reshapes(node):
         node = node.next_functions[0][0]
     if scaled or node is None or node.name() != "MeanBackward1":
-        return unknown
+        return None
     mean: Any = node
     averaged = {dim % len(shape) for dim in mean._saved_dim}
     kept = [dim for dim in range(len(shape)) if dim not in averaged]
     weight: Tensor | None = addmm._saved_mat2
-    if mean.next_functions[0][0] is not layer or weight is None or kept[:1] != [0]:
-        return unknown
+    if mean.next_functions[0][0] is not edge.node or weight is None or kept[:1] != [0]:
+        return None
     if len(kept) != 2 or len(weight) != shape[kept[1]]:
-        return unknown
+        return None
     return kept[1], weight.detach().t()
 
 

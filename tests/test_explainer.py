@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradcampp_ext import explainer as module
 from gradcampp_ext import reference
@@ -335,3 +339,57 @@ def test_overlay(layers) -> None:
     maps = explanation.maps[:, 1] if layers == "late" else explanation.maps[:, 1, 0]
     expected = overlay(images, maps, colormap="viridis", alpha=0.25)
     assert torch.equal(drawn[:, 1] if layers == "late" else drawn[:, 1, 0], expected)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The largest number of bytes that tensors made within held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return result
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        known = self.storages.get(address)
+        if known is None or known() is None:
+            self.storages[address] = weakref.ref(storage, lambda _: self.release(size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def release(self, size: int) -> None:
+        self.live -= size
+
+
+def test_peak_memory_is_that_of_inference() -> None:
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(12)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5),
+    )  # fmt: skip
+    images = torch.randn(2, 3, 32, 32)
+    feature = 2 * 8 * 32 * 32 * 4
+
+    def peak(run) -> float:
+        with _LiveBytes() as memory:
+            run()
+        return memory.peak / feature
+
+    def plain() -> torch.Tensor:
+        with torch.no_grad():
+            return model(images)
+
+    explainer = Explainer(model, "12")
+    explainer(images)
+    inference = peak(plain)
+    late = peak(lambda: explainer(images, size="feature"))
+    backward = peak(lambda: model(images)[:, 0].sum().backward())
+    assert backward > 12  # every layer's output
+    assert late <= inference + 1  # the captured copy, where the pass itself does not need more
