@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain
 from types import NoneType
@@ -76,6 +76,21 @@ class Explanation:
             for name, value in vars(self).items()
         )
         return f"Explanation({', '.join(parts)})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Captured:
+    """What maps are made from: for methods side by side, or rules of one's own.
+
+    Attributes:
+        activations: [N, C, *S] of each layer.
+        gradients: [N, K, C, *S] of each layer; perhaps expanded (stride 0), so not to write to.
+        scores: what they are the gradients of.
+    """
+
+    activations: list[Tensor]
+    gradients: list[Tensor]
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -222,16 +237,15 @@ class Explainer:
         """
         with inference(self.model):
             args, kwargs = arguments(images)
-            if self._sites is None:
-                self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
+            sites = self._located(args, kwargs)
             if self._average is None:
-                run = self._run(self._sites, args, kwargs, targets, topk)
+                run = self._run(sites, args, kwargs, targets, topk)
                 scores, maps = run.scores, self._maps(run, size)
             else:
                 output = select(self.model(*args, **kwargs), self.output)
                 scores = self._scores(output, targets, topk, len(layers.image_of(args, kwargs)))
-                maps = self._averaged(self._average, self._sites, args, kwargs, scores, size)
-        names = tuple(site.name for site in self._sites)
+                maps = self._averaged(self._average, sites, args, kwargs, scores, size)
+        names = tuple(site.name for site in sites)
         return Explanation(
             maps=maps,
             targets=scores.targets,
@@ -251,6 +265,21 @@ class Explainer:
         """
         return self(images, "all", size=size)
 
+    def capture(
+        self, images: Images, targets: Targets = None, *, topk: int | None = None
+    ) -> Captured:
+        """Activations and gradients instead of maps; arguments as for a call.
+
+        Nothing is averaged over variations, and the gradients of all targets are held at once.
+        """
+        with inference(self.model):
+            args, kwargs = arguments(images)
+            run = self._run(self._located(args, kwargs), args, kwargs, targets, topk)
+            chunks = zip(*run.gradients(), strict=True)
+            gradients = [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in chunks]
+        scores = replace(run.scores, values=run.scores.values.detach())
+        return Captured(run.activations, gradients, scores)
+
     def _find(
         self, target_layer: TargetLayer | Sequence[TargetLayer] | None
     ) -> tuple[Site, ...] | None:
@@ -261,6 +290,11 @@ class Explainer:
         if not target_layer:
             raise ValueError("target_layer must name at least one layer, got an empty list")
         return tuple(layers.find(self.model, layer) for layer in target_layer)
+
+    def _located(self, args: Args, kwargs: Kwargs) -> tuple[Site, ...]:
+        if self._sites is None:
+            self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
+        return self._sites
 
     def _top_score(self, returned: Any) -> Tensor:
         output = select(returned, self.output)
@@ -284,7 +318,7 @@ class Explainer:
             scores = self._scores(output, targets, topk, len(image))
         layouts = []
         for site, activations in zip(sites, capture.activations, strict=True):
-            key = (site, activations.shape[1:], image.shape)
+            key = (site, activations.shape[1:], image.shape[1:])
             if key not in self._layouts:
                 self._layouts[key] = layers.layout(
                     self.model, site, activations.shape, args, kwargs, tokens=self._tokens

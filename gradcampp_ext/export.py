@@ -85,7 +85,7 @@ class ExplainedModel(nn.Module):
         elif self.method in ("gradcampp_normalized", "layercam"):
             weight = weight.relu()
         maps: Tensor = weight @ activations.flatten(2)
-        return maps.unflatten(2, activations.shape[2:])
+        return maps.reshape(*maps.shape[:2], *activations.shape[2:])
 
 
 def export_explainer(

@@ -6,15 +6,17 @@ import weakref
 
 import pytest
 import torch
+from conftest import devices
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gradcampp_ext import cam, reference
 from gradcampp_ext import explainer as module
-from gradcampp_ext import reference
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
 from gradcampp_ext.targets import LogProbability
+from gradcampp_ext.variations import Augment, Smooth
 
 
 class Network(nn.Module):
@@ -66,6 +68,19 @@ def test_maps_equal_the_oracle(layer: str, method: str) -> None:
     assert torch.equal(explanation.probabilities, output.softmax(1)[:, [0, 3]])
     assert torch.equal(explanation.predicted, output.argmax(1))
     assert not explanation.scores.requires_grad
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("options", [{}, {"average": Smooth(3)}, {"average": Augment()}], ids=str)
+def test_devices(device: str, options: dict[str, object]) -> None:
+    model = Network().double()
+    expected = Explainer(model, ["pool:input", "stem"], **options)(IMAGES.double(), [2, 0, 1])
+    model.to(device)
+    explanation = Explainer(model, ["pool:input", "stem"], **options)(
+        IMAGES.double().to(device), [2, 0, 1]
+    )
+    assert explanation.maps.device.type == explanation.targets.device.type == device
+    torch.testing.assert_close(explanation.maps.cpu(), expected.maps, rtol=1e-6, atol=1e-6)
 
 
 def test_closed_form_of_average_pooling_and_linear() -> None:
@@ -159,6 +174,23 @@ def test_many_targets_are_explained_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "CHUNK_BYTES", 2 * activations + 1)
     assert torch.equal(explainer(IMAGES, topk=5).maps, expected)
     assert held == [2, 2, 1]
+
+
+@pytest.mark.parametrize("chunk", [1, 2**27])
+@pytest.mark.parametrize("layers", ["stem", "pool:input", ["late", "stem"]])
+def test_captured_tensors_make_the_maps(layers, chunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    explainer = Explainer(Network(), layers)
+    explanation = explainer(IMAGES, topk=3, size=(16, 20))
+    captured = explainer.capture(IMAGES, topk=3)
+    maps = [
+        cam(a, g, size=(16, 20))
+        for a, g in zip(captured.activations, captured.gradients, strict=True)
+    ]
+    expected = torch.stack(maps, 2) if isinstance(layers, list) else maps[0]
+    assert torch.equal(explanation.maps, expected)
+    assert torch.equal(captured.scores.values, explanation.scores)
+    assert not captured.scores.values.requires_grad
 
 
 class Inputs(nn.Module):
