@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from gradcampp_ext.batch import Files, Progress, Sink
     from gradcampp_ext.models import LoadedModel
 
-FAILED, UNUSABLE = 1, 2  # exit codes: some pictures were skipped; nothing could be done
+FAILED, UNUSABLE = 1, 2  # exit codes: pictures were skipped; an error stopped the command
+
+_PICTURES, _OUTPUTS, _RUN = "Pictures and classes", "Outputs", "Run"  # panels of the help
 
 app = typer.Typer(
     help="Grad-CAM++ and its family: what in a picture speaks for a class.",
@@ -54,7 +56,9 @@ Weights = Annotated[
 ]
 
 
-@app.command(epilog="Exit code: 0 all explained, 1 some skipped, 2 nothing done, 130 interrupted.")
+@app.command(
+    epilog="Exit code: 0 all explained, 1 some skipped, 2 stopped by an error, 130 interrupted."
+)
 def explain(
     paths: Annotated[
         list[str],
@@ -67,7 +71,12 @@ def explain(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="DIR", help="Where the outputs go.", show_default=False
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Where the outputs go.",
+            show_default=False,
+            rich_help_panel=_OUTPUTS,
         ),
     ],
     model: Model = "demo",
@@ -88,13 +97,18 @@ def explain(
     top_k: Annotated[int, typer.Option(min=1, help="Explain the K most probable classes.")] = 1,
     size: Annotated[
         str | None,
-        typer.Option(metavar="N|HxW", help="Of overlays and maps. Default: the network's input."),
+        typer.Option(
+            metavar="N|HxW",
+            help="Of overlays and maps. Default: the network's input.",
+            rich_help_panel=_OUTPUTS,
+        ),
     ] = None,
     recipe: Annotated[
         Literal["model", "article", "article-fit"],
         typer.Option(
             help="How pictures are prepared: as the model was trained; or shorter side to 224 "
-            "(article) or longer side (article-fit), LANCZOS, ImageNet mean and std."
+            "(article) or longer side (article-fit), LANCZOS, ImageNet mean and std.",
+            rich_help_panel=_PICTURES,
         ),
     ] = "model",
     labels: Annotated[
@@ -103,41 +117,76 @@ def explain(
             metavar="FILE",
             help="CSV or JSONL of true classes: path (relative to the file) and class_index, "
             "label, class_name or wordnet_id. Without it a folder called like a class is a label.",
+            rich_help_panel=_PICTURES,
         ),
     ] = None,
     class_names: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="One class name a line, or JSON. Default: the model's."),
+        typer.Option(
+            metavar="FILE",
+            help="One class name a line, or JSON. Default: the model's.",
+            rich_help_panel=_PICTURES,
+        ),
     ] = None,
     overlays: Annotated[
-        Literal["jpg", "png", "webp", "none"], typer.Option(help="Format of the overlays.")
+        Literal["jpg", "png", "webp", "none"],
+        typer.Option(help="Format of the overlays.", rich_help_panel=_OUTPUTS),
     ] = "jpg",
-    image_weight: Annotated[float, typer.Option(min=0, help="Of the picture in overlays.")] = 0.5,
-    heatmap_weight: Annotated[float, typer.Option(min=0, help="Of the colours in overlays.")] = 0.5,
-    colormap: Annotated[str, typer.Option(help="turbo, jet, viridis, ...")] = "turbo",
+    image_weight: Annotated[
+        float, typer.Option(min=0, help="Of the picture in overlays.", rich_help_panel=_OUTPUTS)
+    ] = 0.5,
+    heatmap_weight: Annotated[
+        float, typer.Option(min=0, help="Of the colours in overlays.", rich_help_panel=_OUTPUTS)
+    ] = 0.5,
+    colormap: Annotated[
+        str, typer.Option(help="turbo, jet, viridis, ...", rich_help_panel=_OUTPUTS)
+    ] = "turbo",
     maps: Annotated[
         Literal["image", "feature", "none"],
-        typer.Option(help="Raw maps (.npy) as large as the overlays, or as the layer's."),
+        typer.Option(
+            help="Raw maps (.npy) as large as the overlays, or as the layer's.",
+            rich_help_panel=_OUTPUTS,
+        ),
     ] = "image",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)
+    ] = "auto",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the network.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the network.", rich_help_panel=_RUN),
     ] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_RUN)] = 32,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Decoding processes. Default: as needed.")
+        int | None,
+        typer.Option(min=0, help="Decoding processes. Default: as needed.", rich_help_panel=_RUN),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove an earlier run's outputs from DIR first.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Remove an earlier run's outputs from DIR first.",
+            rich_help_panel=_OUTPUTS,
+        ),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only say what was skipped, and the end.")
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="Only say what was skipped, and the end.", rich_help_panel=_RUN
+        ),
     ] = False,
     json_progress: Annotated[
-        bool, typer.Option("--json-progress", help="Progress as JSON lines on standard output.")
+        bool,
+        typer.Option(
+            "--json-progress",
+            help="Progress as JSON lines on standard output.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
 ) -> None:
-    """Explain pictures: overlays, raw maps and a results.jsonl in DIR.
+    """Explain pictures: overlays, raw maps and results.jsonl in DIR.
+
+    They show what the network saw, the part that its preprocessing keeps;
+    results.jsonl says where that is: view, in pixels of the picture.
 
     The same command again goes on where an earlier run was stopped.
     """

@@ -375,6 +375,30 @@ def test_streams(tmp_path, model):
     assert (tmp_path / "overlays" / "camera" / "4.png").exists()
 
 
+@pytest.mark.slow
+def test_workers_that_are_not_forked(tmp_path):
+    write_pictures(tmp_path / "in", 6)
+    run([tmp_path / "in"], make_model(), tmp_path / "whole", batch_size=2)
+    code = textwrap.dedent(f"""
+        import multiprocessing, sys
+        from pathlib import Path
+        if __name__ == "__main__":
+            multiprocessing.set_start_method("spawn")
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            from test_batch import make_model, run, Image, batch
+            model = make_model()
+            source = batch.Files([{str(tmp_path / "in")!r}], folder_label=model.classes.known)
+            batch.run(source, model, Path({str(tmp_path / "out")!r}),
+                      [batch.Overlays("png"), batch.Maps()], batch.Options(batch_size=2, workers=2))
+            pictures = (Image.new("RGB", (40, 40)) for _ in range(3))
+            run(batch.Stream(pictures), model, Path({str(tmp_path / "stream")!r}), workers=1)
+    """)
+    (tmp_path / "spawned.py").write_text(code)
+    subprocess.run([sys.executable, tmp_path / "spawned.py"], check=True, timeout=120)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert len(lines(tmp_path / "stream" / "results.jsonl")) == 3
+
+
 # Names
 
 
@@ -744,7 +768,7 @@ def test_plain_lines(tmp_path, model):
         right = "right" if row["predicted"] == 0 else "wrong, it is 0 cat"
         assert line == f"{row['path']}: {row['predicted']} {name} {share:.1f} %, {right}"
     assert told[3].endswith(r"evil\x1b[2J\n.png: skipped: empty file (0 bytes)")
-    assert "3 explained, " in err.getvalue()
+    assert "3 explained at pool:input, " in err.getvalue()
     assert " of 3 right, 1 skipped, " in err.getvalue()
     assert "-bound: " in err.getvalue()
 
@@ -755,7 +779,7 @@ def test_quiet_lines(tmp_path, model):
     paths[0].write_bytes(b"")
     run(paths, model, tmp_path / "out", progress=batch.Lines(out, err, quiet=True))
     assert out.getvalue() == f"{paths[0]}: skipped: empty file (0 bytes)\n"
-    assert err.getvalue().startswith("2 explained, 1 skipped")
+    assert err.getvalue().startswith("2 explained at pool:input, 1 skipped, ")
 
 
 class Terminal(io.StringIO):

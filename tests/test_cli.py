@@ -225,7 +225,7 @@ def test_the_same_command_goes_on_and_another_one_does_not():
     picture("in/b.png")
     out, err = explain("in", "--out", "out")
     assert out.startswith("in/b.png: ")
-    assert "1 explained, 1 done before" in err
+    assert "1 explained at 2:input, 1 done before" in err
     _, err = explain("in", "--out", "out", "--method", "gradcam", code=2)
     assert "--overwrite" in err
     explain("in", "--out", "out", "--method", "gradcam", "--overwrite")

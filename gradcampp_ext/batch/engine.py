@@ -81,12 +81,16 @@ class Engine:
     Args:
         model: is moved to the device, dtype and memory layout that it runs in.
         options: how.
+
+    Attributes:
+        layer: the layer that is explained; None before the first batch.
     """
 
     def __init__(self, model: LoadedModel, options: Options) -> None:
         self._model, self._options = model, options
         self._size = options.size or model.recipe.size
         self._limit = options.batch_size
+        self.layer: str | None = None
         network = model.model.to(options.device, options.dtype)
         self._explainer = Explainer(
             network.to(memory_format=torch.channels_last),
@@ -153,6 +157,7 @@ class Engine:
             targets = [item.label for item in items]
         topk = self._options.topk if targets is None else None
         explanation = self._explainer(images, targets, topk=topk, size="feature")
+        self.layer = str(explanation.layer)
         predicted, probabilities = explanation.predicted, explanation.probabilities
         if predicted is None or probabilities is None:
             shape = list(self._output.shape)

@@ -37,6 +37,7 @@ class Summary:
         failed: pictures skipped; errors.jsonl has the reasons.
         resumed: pictures that an earlier run had explained.
         labelled, right: of the explained ones, those with a label, and those predicted right.
+        layer: the layer that was explained; None if nothing was.
         interrupted: whether it was told to stop before the end.
         seconds: from the first to the last picture.
         shares: of that time, what the main thread spent waiting for pictures ("decode"),
@@ -48,6 +49,7 @@ class Summary:
     resumed: int = 0
     labelled: int = 0
     right: int = 0
+    layer: str | None = None
     interrupted: bool = False
     seconds: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)
@@ -128,6 +130,7 @@ def run(
                 else:
                     summary.interrupted = True
             clock.lap("write")
+        summary.layer = engine.layer
         summary.seconds, summary.shares = clock.shares()
     progress.finished(summary)
     return summary

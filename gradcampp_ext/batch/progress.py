@@ -161,7 +161,8 @@ def printable(text: str) -> str:
 
 def sentence(summary: Summary) -> str:
     """A run in a line."""
-    parts = [f"{summary.explained} explained"]
+    at = f" at {summary.layer}" if summary.layer else ""
+    parts = [f"{summary.explained} explained{at}"]
     if summary.labelled:
         parts.append(f"{summary.right} of {summary.labelled} right")
     if summary.resumed:

@@ -57,8 +57,9 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Item]:
         """The pictures, without reading them; runs in the main process."""
 
-    def read(self, item: Item) -> Image.Image:
-        """Upright RGB; runs in the worker processes. ImageError if it cannot be read."""
+    @property
+    def read(self) -> Callable[[Item], Image.Image]:
+        """Gives upright RGB, or raises ImageError; it is sent to the worker processes."""
 
 
 class Files:
@@ -102,7 +103,8 @@ class Files:
             self._length = sum(1 for _ in self)
         return self._length
 
-    def read(self, item: Item) -> Image.Image:
+    @staticmethod
+    def read(item: Item) -> Image.Image:
         return imaging.read(item.image)
 
     def _expanded(self, argument: str) -> Iterator[Item]:
@@ -188,7 +190,8 @@ class Stream:
             called = f"{self._name}/{index}"
             yield Item(called, called, picture, label)
 
-    def read(self, item: Item) -> Image.Image:
+    @staticmethod
+    def read(item: Item) -> Image.Image:
         return _picture(item.image)
 
 
