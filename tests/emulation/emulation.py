@@ -5,6 +5,7 @@ A case that the emulator or a sanitizer objects to raises ``EmulationError`` wit
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -21,9 +22,7 @@ from gradcampp_ext import methods
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-TYPES = {torch.float64: "double", torch.float32: "float", torch.float16: "half"}
-TYPES[torch.bfloat16] = "bfloat16"
-DTYPES = list(TYPES)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # as in csrc/cam.h
 METHODS = list(methods.METHODS)
 NORMALIZE = [None, "minmax", "max"]
 INTERPOLATION = ["linear", "nearest"]
@@ -53,29 +52,50 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build(folder: Path, csrc: Path = CSRC, types: tuple[str, ...] = tuple(TYPES.values())) -> Path:
-    """Compiles the sources in ``csrc`` into one program in ``folder``.
-
-    Types that are left out give cudaErrorInvalidValue.
-    """
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
-    names = {f"cam_{name}.cu": name for name in TYPES.values()}
-    missing = [name for name in TYPES.values() if name not in types]
-    sources = [s for s in sources if names.get(s.name) not in missing]
-    command = [compiler() or "", *COMPILE, f"-I{HERE / 'include'}", f"-I{csrc}"]
-    command += [f"-DEMULATE_WITHOUT_{name.upper()}" for name in missing]
-
-    def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", target], check=True)
-        return target
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+def build(folder: Path) -> Path:
+    """The program for the sources as they are; compiled anew where one of them has changed."""
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "driver.cpp", HERE / "emulator.cpp"]
     program = folder / "emulation"
-    subprocess.run([*command, *objects, "-o", str(program)], check=True)
+    stamp = folder / "digest"
+    digest = hashlib.sha256(" ".join([str(compiler()), *COMPILE]).encode())
+    for file in sorted([*CSRC.rglob("*"), *HERE.rglob("*")]):
+        if file.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            digest.update(file.read_bytes())
+    if not stamp.exists() or stamp.read_text() != digest.hexdigest():
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: _compile(source, folder, CSRC), sources))
+        _link(objects, program)
+        stamp.write_text(digest.hexdigest())
     return program
+
+
+def build_changed(folder: Path, original: Path, changes: dict[str, tuple[str, str]]) -> Path:
+    """The float32 Grad-CAM++ of a copy of the sources in which texts are replaced, each of which
+    must occur once; everything else comes from the objects beside the program ``original``."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cpu", "bindings"))
+    for name, (old, new) in changes.items():
+        text = (csrc / name).read_text()
+        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        (csrc / name).write_text(text.replace(old, new))
+    changed = _compile(HERE / "one_method.cpp", folder, csrc)
+    objects = [str(o) for o in original.parent.glob("*.o") if o.name != "cam_float.o"]
+    program = folder / "emulation"
+    _link([changed, *objects], program)  # the linker keeps the first of equal functions
+    return program
+
+
+def _compile(source: Path, folder: Path, csrc: Path) -> str:
+    target = str(folder / f"{source.stem}.o")
+    include = [f"-I{HERE / 'include'}", f"-I{csrc}"]
+    command = [compiler() or "", *COMPILE, *include, "-x", "c++", "-c", str(source), "-o", target]
+    subprocess.run(command, check=True)
+    return target
+
+
+def _link(objects: list[str], program: Path) -> None:
+    subprocess.run([compiler() or "", *COMPILE, *objects, "-o", str(program)], check=True)
 
 
 class Emulator:
@@ -101,7 +121,7 @@ class Emulator:
         eps: float | None = None,
         temperature: float = 1.0,
         seed: int = 1,
-        device: Device = Device(),  # noqa: B008 - frozen
+        device: Device = Device(),
         weights: bool = False,
     ) -> Tensor:
         single = gradients.dim() == activations.dim()
@@ -179,7 +199,9 @@ class Emulator:
         if error:
             raise EmulationError(f"cudaError {error}")
         if body:
-            out.view(torch.uint8).flatten().copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
+            out.view(torch.uint8).flatten().copy_(
+                torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            )
         return out
 
 

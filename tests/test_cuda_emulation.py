@@ -1,0 +1,363 @@
+"""The CUDA kernels, run on the host under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Threads and blocks run in an order drawn from a seed; tests/emulation/emulator.h says what counts
+as an error. Nothing here needs a GPU, and nothing here measures one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulation.emulation import Device, EmulationError, Emulator, build, build_changed, compiler
+from samples import DTYPES, LAYOUTS, TOLERANCE, error, make_pair
+
+from gradcampp_ext import methods, reference
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+CHANNELWISE = [row.name for row in methods.METHODS.values() if row.channelwise]
+CANCELS = ("gradcam", "xgradcam", "hirescam", "attention")  # sums of signed terms: less accurate
+
+FEW = Device(processors=1)  # one slice of the channels for each sample
+MANY = Device(processors=80)  # as many slices as there are tiles
+TINY = Device(shared_per_block=2048, shared_per_processor=4096)  # no tile fits: the second path
+DEVICES = {"default": Device(), "few": FEW, "many": MANY, "second path": TINY}
+
+
+@pytest.fixture(scope="session")
+def program(pytestconfig: pytest.Config) -> Path:
+    return build(pytestconfig.rootpath / "build" / "emulation")
+
+
+@pytest.fixture(scope="session")
+def emulator(program: Path) -> Iterator[Emulator]:
+    emulator = Emulator(program)
+    yield emulator
+    emulator.close()
+
+
+def tolerance(dtype: torch.dtype, method: str) -> float:
+    return TOLERANCE[dtype] * (20 if method in CANCELS else 1)
+
+
+def name(value: object) -> str:
+    return str(value).removeprefix("torch.").replace(" ", "")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_raw_map_matches_the_oracle(emulator, dtype, method, device):
+    for seed, (shape, targets) in enumerate(
+        [((3, 7, 1, 1), None), ((1, 70, 7, 7), None), ((2, 24, 5, 3), 5), ((1, 9, 20, 17), 2)]
+    ):
+        a, g = make_pair(shape, targets=targets, dtype=dtype, seed=seed)
+        expected = reference.cam(a, g, method=method, normalize=None)
+        actual = emulator.cam(
+            a, g, method=method, normalize=None, seed=seed, device=DEVICES[device]
+        )
+        assert error(actual, expected) <= tolerance(dtype, method), (shape, targets)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gradient_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(emulator, layout, gradient_layout, device):
+    cases = itertools.cycle(itertools.product(("gradcampp", "xgradcam", "layercam"), DTYPES[1:]))
+    for seed, (method, dtype) in enumerate(itertools.islice(cases, 4)):
+        shape = [(2, 40, 5, 7), (1, 37, 4, 6)][seed % 2]
+        a, g = make_pair(
+            shape,
+            targets=(None, 3)[seed // 2],
+            dtype=dtype,
+            layout=layout,
+            gradient_layout=gradient_layout,
+            seed=seed,
+        )
+        expected = reference.cam(a, g, method=method, normalize=None)
+        actual = emulator.cam(
+            a, g, method=method, normalize=None, seed=seed, device=DEVICES[device]
+        )
+        assert error(actual, expected) <= tolerance(dtype, method), (shape, dtype, method)
+
+
+@pytest.mark.parametrize("device", ["default", "second path"])
+@pytest.mark.parametrize("normalize", [None, "minmax", "max"])
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+def test_output_sizes(emulator, interpolation, normalize, device):
+    for seed, (space, size) in enumerate(
+        [
+            ((7,), (33,)),
+            ((9,), (4,)),
+            ((1, 1), (5, 2)),
+            ((7, 7), (40, 35)),
+            ((5, 6), (5, 6)),
+            ((4, 3), (70, 1)),
+            ((3, 4, 5), (6, 9, 7)),
+            ((2, 5, 3), (3, 5, 40)),
+        ]
+    ):
+        for relu in (True, False):
+            a, g = make_pair((2, 6, *space), targets=(None, 2)[seed % 2], signed=True, seed=seed)
+            options = {
+                "size": size,
+                "normalize": normalize,
+                "interpolation": interpolation,
+                "relu": relu,
+                "method": ("gradcampp", "layercam")[seed % 2],
+            }
+            actual = emulator.cam(a, g, seed=seed, device=DEVICES[device], **options)
+            expected = reference.cam(a, g, **options)
+            # A pixel is never farther off than the map's largest value times the rounding.
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=0, atol=4e-6 * expected.abs().max().item()
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_options_of_the_methods(emulator, method, device):
+    for rectify, eps in itertools.product((True, False), (0.0, 1e-3)):
+        # Sums of signed activations come close to 0, where the formulas have poles.
+        a, g = make_pair((2, 33, 6, 5), layout="channels_last", signed=rectify, scale=1.0)
+        options = {"method": method, "rectify": rectify, "eps": eps, "temperature": 3.0}
+        actual = emulator.cam(a, g, normalize=None, device=DEVICES[device], **options)
+        expected = reference.cam(a, g, normalize=None, **options)
+        assert error(actual, expected) <= tolerance(a.dtype, method)
+
+
+@pytest.mark.parametrize("device", ["default", "second path"])
+def test_literal_formula_on_signed_activations(emulator, device):
+    a, g = make_pair((2, 12, 4, 4), dtype=torch.float64, signed=True, scale=1.0)
+    for method in ("gradcampp", "gradcampp_normalized"):
+        options = {"method": method, "rectify": False, "normalize": None}
+        actual = emulator.cam(a, g, device=DEVICES[device], **options)
+        assert error(actual, reference.cam(a, g, **options)) <= 1e-10  # near the poles
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("method", CHANNELWISE)
+def test_channel_weights(emulator, method, dtype):
+    for seed, layout in enumerate(LAYOUTS):
+        a, g = make_pair((2, 40, 6, 7), targets=3, dtype=dtype, layout=layout, seed=seed)
+        actual = emulator.channel_weights(a, g, method=method, seed=seed)
+        expected = reference.channel_weights(a, g, method=method)
+        if method == "attention":  # what the map is made with: the pooled attention
+            row = methods.get(method)
+            response = torch.einsum("nkc,nchw->nkhw", expected, a.double())
+            attention = response.flatten(2).softmax(-1) + row.eps
+            expected = torch.einsum("nkp,ncp->nkc", attention, a.double().flatten(2)) / 42
+        assert error(actual, expected) <= tolerance(dtype, method)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_expanded_gradients(emulator, device):
+    a, _ = make_pair((2, 36, 6, 5), layout="channels_last")
+    values = torch.rand(2, 36, dtype=a.dtype) * 1e-3
+    for g in (
+        values[:, :, None, None].expand(a.shape),
+        values[:, :1, None, None].expand(a.shape),
+        values[:, None, :, None, None].expand(2, 3, *a.shape[1:]),
+        torch.rand(2, 1, 6, 5).expand(a.shape),
+        torch.rand(2, 36, 6, 1).expand(a.shape),
+    ):
+        for method in ("gradcampp", "layercam"):
+            actual = emulator.cam(a, g, method=method, normalize=None, device=DEVICES[device])
+            expected = reference.cam(a, g, method=method, normalize=None)
+            assert error(actual, expected) <= TOLERANCE[a.dtype]
+
+
+@pytest.mark.parametrize("targets", [1, 5, 11])
+def test_targets_share_a_block_or_not(emulator, targets):
+    a, g = make_pair((2, 24, 9, 9), targets=targets)
+    expected = reference.cam(a, g, normalize=None)
+    for shared in (16, 32, 64, 200):  # kilobytes of a processor
+        device = Device(4, shared * 512, shared * 1024)
+        actual = emulator.cam(a, g, normalize=None, device=device)
+        assert error(actual, expected) <= TOLERANCE[a.dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["gradcampp", "gradcam", "layercam", "attention"])
+def test_the_order_of_threads_changes_no_bit(emulator, method, device):
+    a, g = make_pair((2, 130, 7, 7), targets=2, dtype=torch.float16)
+    options = {"method": method, "size": (20, 20), "device": DEVICES[device]}
+    first = emulator.cam(a, g, seed=0, **options)
+    for seed in range(1, 6):
+        assert torch.equal(emulator.cam(a, g, seed=seed, **options), first)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_bad_value_spoils_its_own_map(emulator, method, device, bad):
+    for place in ("activations", "gradients"):
+        a, g = make_pair((3, 20, 5, 5), targets=2)
+        (a[1, 7, 2, 3] if place == "activations" else g[1, 0, 7, 2, 3]).fill_(bad)
+        expected = reference.cam(a, g, method=method)
+        maps = emulator.cam(a, g, method=method, device=DEVICES[device])
+        assert torch.equal(maps.isnan(), expected.isnan())
+        assert maps[0].isfinite().all()
+        assert maps[2].isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["default", "second path"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_scaled_gradients(emulator, scale, device):
+    for method in ("gradcampp", "gradcampp_normalized", "layercam"):
+        a, g = make_pair((2, 30, 6, 6), scale=scale)
+        actual = emulator.cam(a, g, method=method, device=DEVICES[device])
+        assert error(actual, reference.cam(a, g, method=method)) <= 4e-6
+
+
+def test_offsets_beyond_32_bits(emulator):
+    # Two samples, and two channels, more than 2^31 elements apart; only what is used is mapped.
+    shape, far = (2, 2, 3, 3), 2**31 + 64
+    small = make_pair(shape, dtype=torch.float16)
+    for strides in [(far, 9, 3, 1), (9, far, 3, 1), (18, 1, 2 * 3, 2)]:
+        pair = []
+        for x in small:
+            storage = torch.empty(
+                1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)),
+                dtype=torch.float16,
+            )
+            pair.append(storage.as_strided(shape, strides).copy_(x))
+        for device in (Device(), TINY):
+            actual = emulator.cam(*pair, normalize=None, device=device)
+            assert error(actual, reference.cam(*small, normalize=None)) <= TOLERANCE[torch.float16]
+
+
+def test_number_of_launches(emulator):
+    a, g = make_pair((2, 64, 7, 7))
+    for device, method, launches in [
+        (Device(), "gradcampp", 1),
+        (Device(), "layercam", 1),
+        (MANY, "gradcampp", 1),
+        (Device(), "attention", 2),
+        (TINY, "gradcampp", 4),
+        (TINY, "layercam", 3),
+        (TINY, "attention", 8),
+    ]:
+        emulator.cam(a, g, method=method, size=(14, 14), device=device)
+        assert emulator.launches == launches, (device, method)
+    emulator.channel_weights(a, g)
+    assert emulator.launches == 1
+
+
+@pytest.mark.parametrize("kind", ["bytes", "floats", "channels first"])
+def test_overlay(emulator, kind):
+    images = torch.randint(0, 256, (2, 9, 31, 3), dtype=torch.uint8)
+    if kind == "channels first":
+        images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    maps = torch.rand(2, 9, 33)[:, :, 1:32]
+    maps[0, 0, :6] = torch.tensor([0.0, 1.0, 2.0, -1.0, float("nan"), float("inf")])
+    table = torch.randint(0, 256, (256, 3), dtype=torch.uint8)
+    given = images if kind != "floats" else images.float() / 255
+    actual = emulator.overlay(given, maps, table, 0.3)
+    index = (maps.double() * 255 + 0.5).nan_to_num(0).clamp(0, 255).long()
+    blended = 0.7 * images.double() + 0.3 * table[index].double()
+    difference = (actual.double() - blended).abs()
+    assert difference.max() <= 0.5 + 1e-3  # the nearest byte
+    index_of_nan = table[0].double() * 0.3 + images[0, 0, 4].double() * 0.7
+    assert (actual[0, 0, 4].double() - index_of_nan).abs().max() <= 0.5 + 1e-3
+
+
+FUSED, BLOCK, FINISH = "cuda/fused.cuh", "cuda/block.cuh", "cuda/finish.cuh"
+# One change to the kernels each, that a GPU might let pass: the tests above have to notice.
+CHANGES = {
+    "no barrier when a tile has come": (FUSED, "__syncthreads();  // this round", "// this round"),
+    "no wait for copies": (FUSED, "__pipeline_wait_prior(0);", ""),
+    "both tiles in one place": (FUSED, "parity ^= 1)", "parity ^= 0)"),
+    "no barrier after the totals": (
+        FUSED,
+        "totals[row.channel] = sum[0];\n          __syncthreads();",
+        "totals[row.channel] = sum[0];",
+    ),
+    "barrier in a branch": (
+        FUSED,
+        "if (row.lane == 0) totals[row.channel] = sum[0];\n          __syncthreads();",
+        "if (row.lane == 0) {\n totals[row.channel] = sum[0];\n __syncthreads(); }",
+    ),
+    "no barrier after the weights": (
+        FUSED,
+        "        __syncthreads();\n        add_tile_to_map",
+        "        add_tile_to_map",
+    ),
+    "no barrier before the maps are gathered": (
+        FUSED,
+        "  __syncthreads();\n  for (int i = thread; i < cells; i += kThreads) {\n"
+        "    Acc sum = maps[i];\n    for (int group",
+        "  for (int i = thread; i < cells; i += kThreads) {\n"
+        "    Acc sum = maps[i];\n    for (int group",
+    ),
+    "no barrier before a block reports": (
+        FUSED,
+        "    __threadfence();\n    __syncthreads();",
+        "    __threadfence();",
+    ),
+    "no barrier before the last block is known": (
+        FUSED,
+        "    __syncthreads();\n    if (*flag == 0)",
+        "    if (*flag == 0)",
+    ),
+    "no barrier between warps of a channel": (
+        BLOCK,
+        "    }\n  }\n  __syncthreads();",
+        "    }\n  }",
+    ),
+    "no barrier between warps of a block": (
+        BLOCK,
+        "= value;\n  __syncthreads();\n  value",
+        "= value;\n  value",
+    ),
+    "scratch used again too early": (
+        BLOCK,
+        "  __syncthreads();\n  return value;",
+        "  return value;",
+    ),
+    "no barrier before the map is resized": (
+        FINISH,
+        "  __syncthreads();\n  resize_map",
+        "  resize_map",
+    ),
+    "output one past its end": (FINISH, "pixel[j * width] =", "pixel[j * width + 1] ="),
+    "workspace one past its end": (FUSED, "group_cells + i] = sum", "group_cells + i + 1] = sum"),
+    "shared memory one past its end": (
+        FUSED,
+        "reinterpret_cast<int*>(shared + args.shared.flag)",
+        "reinterpret_cast<int*>(shared + args.shared.bytes)",
+    ),
+    "input one past its end": (
+        "cuda/operand.cuh",
+        "tile[tail + thread] = source[tail",
+        "tile[tail + thread] = source[tail + 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_broken_kernel_is_noticed(program, tmp_path, change):
+    file, old, new = CHANGES[change]
+    emulator = Emulator(build_changed(tmp_path, program, {file: (old, new)}))
+    try:
+        for seed in range(12):
+            for layout, shape in [
+                ("contiguous", (2, 50, 5, 5)),
+                ("channels_last", (1, 64, 12, 12)),
+                ("offset", (1, 5, 30, 30)),
+            ]:
+                a, g = make_pair(shape, targets=2, layout=layout, seed=seed)
+                device = (FEW, MANY)[seed % 2]
+                actual = emulator.cam(a, g, size=(33, 33), seed=seed, device=device)
+                expected = reference.cam(a, g, size=(33, 33))
+                assert not actual.isnan().any()
+                assert error(actual, expected) <= 1e-5
+    except (EmulationError, AssertionError):
+        return
+    finally:
+        emulator.close()
+    pytest.fail("all runs passed")
