@@ -10,12 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradcampp_ext.capture import CaptureError as CaptureError
     from gradcampp_ext.explainer import Explainer as Explainer
     from gradcampp_ext.explainer import Explanation as Explanation
+    from gradcampp_ext.export import export_explainer as export_explainer
     from gradcampp_ext.imaging import overlay as overlay
     from gradcampp_ext.methods import METHODS as METHODS
     from gradcampp_ext.ops import cam as cam
     from gradcampp_ext.ops import channel_weights as channel_weights
+    from gradcampp_ext.variations import Augment as Augment
+    from gradcampp_ext.variations import Smooth as Smooth
 
 _HOMES = {
     "cam": "ops",
@@ -24,6 +28,10 @@ _HOMES = {
     "Explainer": "explainer",
     "Explanation": "explainer",
     "METHODS": "methods",
+    "CaptureError": "capture",
+    "Smooth": "variations",
+    "Augment": "variations",
+    "export_explainer": "export",
 }
 
 __all__ = list(_HOMES)
