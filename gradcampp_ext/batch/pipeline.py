@@ -19,6 +19,7 @@ from gradcampp_ext.batch.decode import Chunk, Decoder, Decoding, default_workers
 from gradcampp_ext.batch.engine import Engine, Options
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
+from gradcampp_ext.batch.sinks import draw
 from gradcampp_ext.batch.writer import Writer
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ def run(
                     if batch is None:
                         break
                     rows, rendered = engine(batch)
-                    arrays = [] if rendered is None else [sink.render(rendered) for sink in sinks]
+                    drawn = None if rendered is None else draw(sinks, rendered)
                     clock.lap("explain")
-                    writer.put(rows, arrays, batch.failures)
+                    writer.put(rows, drawn, batch.failures)
                     clock.lap("write")
                 else:
                     summary.interrupted = True

@@ -46,6 +46,7 @@ class Record:
     ) -> None:
         self.folder = folder
         self.done: dict[str, str] = {}
+        self.lines = 0  # rows that an earlier run has recorded
         self._rows = rows
         self._counter = itertools.count()
         with contextlib.ExitStack() as stack:
@@ -97,15 +98,29 @@ class Record:
         """A file, complete or not at all. `name` is relative to the folder."""
         partial = self.folder / _PARTIAL / str(next(self._counter))
         target = self.folder / name
-        try:
+        with self.writing():
             partial.write_bytes(content)
             try:
                 partial.replace(target)
             except FileNotFoundError:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial.replace(target)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Failures to write, told as RecordError."""
+        try:
+            yield
         except OSError as error:
             raise _explained(self.folder, error) from error
+
+    def rows(self, start: int = 0) -> Iterator[Any]:
+        """Recorded rows from a line on; those recorded while it runs follow."""
+        return _read_rows(self.folder / RESULTS, start)
+
+    def failures(self) -> Iterator[Any]:
+        """Path and reason of each picture that this run has skipped."""
+        return _read_rows(self.folder / ERRORS, 0)
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Pictures whose files are in place: their rows, all of each picture."""
@@ -116,11 +131,9 @@ class Record:
         self._append(self._errors, [{"path": path, "reason": reason}])
 
     def _append(self, file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-        try:
+        with self.writing():
             file.write(b"".join(map(_line, rows)))
             file.flush()
-        except OSError as error:
-            raise _explained(self.folder, error) from error
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         file = self.folder / SETTINGS
@@ -170,6 +183,7 @@ class Record:
                 pending += 1
                 if pending == self._rows:
                     self.done[path] = name
+                    self.lines += pending
                     end, pending = position, 0
             file.truncate(end)
 
@@ -191,6 +205,12 @@ def _safe_part(part: str) -> str:
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", part):
         part = f"_{part}"
     return part.encode()[:_LONGEST].decode(errors="ignore")
+
+
+def _read_rows(file: Path, start: int) -> Iterator[Any]:
+    with file.open("rb") as lines:
+        for line in itertools.islice(lines, start, None):
+            yield json.loads(line)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

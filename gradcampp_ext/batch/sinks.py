@@ -1,10 +1,11 @@
-"""Where maps go: files of overlays and of maps. results.jsonl is written by the record."""
+"""Where maps go: files of overlays and of maps, data sets. The record writes results.jsonl."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,27 +36,77 @@ class Rendered:
     feature_maps: torch.Tensor
 
 
-class Sink(Protocol):
-    """One kind of output.
+@runtime_checkable
+class FileSink(Protocol):
+    """One kind of file, for each map or for each picture.
 
     Attributes:
         column: its key under "files" in the results.
+        per_picture: one file a picture, however many of its classes are explained.
     """
 
     @property
     def column(self) -> str: ...
 
+    @property
+    def per_picture(self) -> bool: ...
+
     def settings(self) -> dict[str, Any]:
         """What decides its files, for run.json."""
 
     def render(self, batch: Rendered) -> torch.Tensor:
-        """[N, K, ...] on the CPU; runs in the main thread, on the batch's device."""
+        """[N, K, ...], or [N, ...] per picture, on the CPU; runs in the main thread."""
 
     def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
-        """One of render's [n, k] to a file, complete on return; runs in background threads.
+        """One of render's [n, k] or [n] to a file, complete on return; in background threads.
 
         Returns: its name, relative to the output folder.
         """
+
+
+@runtime_checkable
+class SeriesSink(Protocol):
+    """One data set of all maps, in the order of results.jsonl."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides it, for run.json."""
+
+    def values(self, batch: Rendered) -> torch.Tensor:
+        """[N, K, ...] on the CPU, for the store; runs in the main thread."""
+
+    def store(self, record: Record) -> Store:
+        """Takes up what an earlier run has stored."""
+
+
+class Store(Protocol):
+    """A data set while a run writes it; `Parts` is one. All runs in one background thread."""
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        """Arrays of the next rows, which are recorded before the next call."""
+
+    def finish(self) -> None:
+        """The run has ended, or was stopped in order."""
+
+    def close(self) -> None:
+        """In any case, the last call."""
+
+
+Sink: TypeAlias = FileSink | SeriesSink
+
+
+class Drawn(NamedTuple):
+    """What sinks made of a batch: a tensor each, on the CPU."""
+
+    files: list[torch.Tensor]
+    series: list[torch.Tensor]
+
+
+def draw(sinks: Sequence[Sink], batch: Rendered) -> Drawn:
+    """Runs the sinks' part of the work on the batch's device."""
+    return Drawn(
+        [sink.render(batch) for sink in sinks if isinstance(sink, FileSink)],
+        [sink.values(batch) for sink in sinks if isinstance(sink, SeriesSink)],
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +124,7 @@ class Overlays:
     image_weight: float = 0.5
     heatmap_weight: float = 0.5
 
-    column = "overlay"
+    column, per_picture = "overlay", False
 
     def __post_init__(self) -> None:
         imaging.colormap(self.colormap)
@@ -125,7 +176,7 @@ class Maps:
     size: Literal["image", "feature"] = "image"
     dtype: Literal["float32", "float16"] = "float32"
 
-    column = "map"
+    column, per_picture = "map", False
 
     def settings(self) -> dict[str, Any]:
         return {"maps": self.size, "maps_dtype": self.dtype}

@@ -6,16 +6,17 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from gradcampp_ext.batch.sinks import FileSink, SeriesSink
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from torch import Tensor
 
     from gradcampp_ext.batch.engine import Row
     from gradcampp_ext.batch.progress import Progress
     from gradcampp_ext.batch.record import Record
-    from gradcampp_ext.batch.sinks import Sink
+    from gradcampp_ext.batch.sinks import Drawn, Sink
 
 _THREADS = 4
 _AHEAD = 4  # batches that may wait; more would only cost memory
@@ -33,7 +34,9 @@ class Writer:
     """
 
     def __init__(self, record: Record, sinks: Sequence[Sink], progress: Progress) -> None:
-        self._record, self._sinks, self._progress = record, sinks, progress
+        self._record, self._progress = record, progress
+        self._files = [sink for sink in sinks if isinstance(sink, FileSink)]
+        self._series = [sink.store(record) for sink in sinks if isinstance(sink, SeriesSink)]
         self._queue: queue.Queue[_Job | None] = queue.Queue(_AHEAD)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="gradcampp-encode")
         self._thread = threading.Thread(target=self._work, name="gradcampp-record")
@@ -47,40 +50,58 @@ class Writer:
         self._queue.put(None)
         self._thread.join()
         self._pool.shutdown()
-        if self._error is not None and error is None:
-            raise self._error
+        try:
+            if error is None:
+                if self._error is not None:
+                    raise self._error
+                for store in self._series:
+                    store.finish()
+        finally:
+            for store in self._series:
+                store.close()
 
     def put(
         self,
         rows: Sequence[Sequence[Row]],
-        arrays: Sequence[Tensor],
+        drawn: Drawn | None,
         failures: Sequence[tuple[str, str]],
     ) -> None:
         """One batch; waits while too many are pending.
 
         Args:
             rows: K rows a picture, or none for a picture that failed.
-            arrays: one a sink, [N, K, ...].
+            drawn: by the sinks; None if all pictures failed.
             failures: paths and reasons.
         Raises: what a sink or the record raised for an earlier batch.
         """
         if self._error is not None:
             raise self._error
-        written = [
-            (row, self._submit(row, len(own), [array[n, k].numpy() for array in arrays]))
-            for n, own in enumerate(rows)
-            for k, row in enumerate(own)
-        ]
-        self._queue.put((written, list(failures)))
+        written: list[_Written] = []
+        values: list[npt.NDArray[Any]] = []
+        if drawn is not None:
+            explained = [n for n, own in enumerate(rows) if own]
+            files = [tensor.numpy() for tensor in drawn.files]
+            written = [pair for n in explained for pair in self._submit(rows[n], n, files)]
+            values = [tensor[explained].flatten(0, 1).numpy() for tensor in drawn.series]
+        self._queue.put((written, values, list(failures)))
 
     def _submit(
-        self, row: Row, count: int, values: Sequence[npt.NDArray[Any]]
-    ) -> dict[str, Future[str]]:
-        name = row["name"] if count == 1 else f"{row['name']}.top{row['rank']}"
-        return {
-            sink.column: self._pool.submit(sink.write, self._record, name, value)
-            for sink, value in zip(self._sinks, values, strict=True)
-        }
+        self, rows: Sequence[Row], n: int, files: Sequence[npt.NDArray[Any]]
+    ) -> list[_Written]:
+        """Files of a picture, on their way; those per picture belong to all its rows."""
+        written: list[_Written] = [(row, {}) for row in rows]
+        for sink, values in zip(self._files, files, strict=True):
+            if sink.per_picture:
+                future = self._pool.submit(sink.write, self._record, rows[0]["name"], values[n])
+                for _, futures in written:
+                    futures[sink.column] = future
+                continue
+            for k, (row, futures) in enumerate(written):
+                name = row["name"] if len(rows) == 1 else f"{row['name']}.top{row['rank']}"
+                futures[sink.column] = self._pool.submit(
+                    sink.write, self._record, name, values[n, k]
+                )
+        return written
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -91,12 +112,18 @@ class Writer:
                     self._error = error
 
     def _finish(
-        self, written: Sequence[tuple[Row, dict[str, Future[str]]]], failures: Sequence[Any]
+        self,
+        written: Sequence[_Written],
+        values: Sequence[npt.NDArray[Any]],
+        failures: Sequence[tuple[str, str]],
     ) -> None:
         rows = []
         for row, futures in written:
             row["files"] = {column: future.result() for column, future in futures.items()}
             rows.append(row)
+        if rows:
+            for store, value in zip(self._series, values, strict=True):
+                store.append(value)
         self._record.finish(rows)
         self._progress.explained(rows)
         for path, reason in failures:
@@ -104,4 +131,5 @@ class Writer:
             self._progress.failed(path, reason)
 
 
-_Job = tuple[list[tuple["Row", dict[str, Future[str]]]], list[tuple[str, str]]]
+_Written: TypeAlias = "tuple[Row, dict[str, Future[str]]]"
+_Job: TypeAlias = "tuple[list[_Written], list[npt.NDArray[Any]], list[tuple[str, str]]]"
