@@ -7,21 +7,32 @@
 
 namespace gradcampp::GCPP_TARGET {
 
-// In place. A map with a non-finite cell becomes NaN throughout.
+// In place; the map is padded. With a non-finite cell it becomes NaN throughout.
 template <class T>
 void finish_map(T* map, int64_t cells, bool relu, Normalize normalize) {
-  T poison = 0;
-  for (int64_t x = 0; x < cells; ++x) poison += map[x] * 0;
-  if (poison != 0) {
-    for (int64_t x = 0; x < cells; ++x) map[x] = poison;
-    return;
+  constexpr int64_t lanes = kLanes<T>;
+  const T infinity = static_cast<T>(__builtin_inf());
+  const Pack<T> floor = broadcast<T>(relu ? T(0) : -infinity);
+  // The padding repeats the first cell, which changes no extreme.
+  for (int64_t x = cells; x < padded<T>(cells); ++x) map[x] = map[0];
+  Pack<T> poison{}, least = broadcast<T>(infinity), greatest = -least;
+  for (int64_t x = 0; x < cells; x += lanes) {
+    const Pack<T> raw = load(map + x);
+    poison += raw * 0;
+    const Pack<T> cell = select(raw < floor, floor, raw);
+    least = select(cell < least, cell, least);
+    greatest = select(cell > greatest, cell, greatest);
+    store(map + x, cell);
   }
-  const T floor = relu ? T(0) : -static_cast<T>(__builtin_inf());
-  T low = static_cast<T>(__builtin_inf()), high = -low;
-  for (int64_t x = 0; x < cells; ++x) {
-    map[x] = map[x] < floor ? floor : map[x];
-    low = map[x] < low ? map[x] : low;
-    high = map[x] > high ? map[x] : high;
+  T low = infinity, high = -infinity, spoilt = 0;
+  for (int i = 0; i < lanes; ++i) {
+    spoilt += poison[i];
+    low = least[i] < low ? least[i] : low;
+    high = greatest[i] > high ? greatest[i] : high;
+  }
+  if (spoilt != 0) {
+    for (int64_t x = 0; x < cells; ++x) map[x] = spoilt;
+    return;
   }
   if (normalize == Normalize::kNone) return;
   for (int64_t x = 0; x < cells; ++x) map[x] = normalized(map[x], low, high, normalize);

@@ -53,7 +53,7 @@ const S* tensor_end(const void* data, int64_t channels, int64_t channel, const i
 }
 
 // Softmax over the cells of map / temperature, in place; NaN throughout where a cell is not finite.
-// The padding up to whole packs becomes zero: it is multiplied with masked activations.
+// The padding becomes zero: it is multiplied with masked activations.
 template <class T>
 void softmax(T* map, int64_t cells, double temperature) {
   double high = -__builtin_inf(), poison = 0, sum = 0;
@@ -68,7 +68,7 @@ void softmax(T* map, int64_t cells, double temperature) {
     const double value = ::exp(static_cast<double>(map[x]) / temperature - high) / sum;
     map[x] = static_cast<T>(value + poison);
   }
-  for (int64_t x = cells; x < rounded_up(cells, kLanes<T>); ++x) map[x] = 0;
+  for (int64_t x = cells; x < padded<T>(cells); ++x) map[x] = 0;
 }
 
 // One call of the op.
@@ -145,6 +145,9 @@ class Cam {
 
   void choose_rule() {
     const bool eps = args_.eps != 0;
+    if (args_.method == Method::kGradCamPlusPlus && args_.rectify && !eps) {
+      positive_weights_ = positive_weights<GradCamPlusPlus<false>, S>;
+    }
     attention_ = args_.method == Method::kAttention;
     floor_ = args_.rectify ? T(0) : -static_cast<T>(__builtin_inf());
     switch (args_.method) {
@@ -183,7 +186,7 @@ class Cam {
     stage_a_ = clash || a_walk_.order == Order::kOther || a_walk_.order == Order::kUniform;
     stage_g_ = clash || g_walk_.order == Order::kOther || (pair_ && stage_a_);
     positions_ = args_.positions();
-    map_stride_ = rounded_up(positions_, kLanes<T>);
+    map_stride_ = padded<T>(positions_);
     const int64_t row_bytes = positions_ * static_cast<int64_t>(sizeof(S));
     tile_ = smaller(larger(kRowTileBytes / row_bytes / kRowChannels, 1) * kRowChannels,
                     kMostRowChannels);
@@ -191,7 +194,7 @@ class Cam {
       tile_ = larger(kTileBytes / row_bytes / kLineChannels, 1) * kLineChannels;
     }
     tile_ = smaller(tile_, args_.channels);
-    tile_stride_ = rounded_up(tile_, kLanes<T>);
+    tile_stride_ = padded<T>(tile_);
   }
 
   void choose_units() {
@@ -394,7 +397,9 @@ class Cam {
     clear(maps);
     each_tile(begin, end, [&](int64_t c, int64_t width) {
       with_activations(n, c, width, own, [&](auto a) {
-        if (total_) activation_totals(a, floor_, own.totals);
+        if (total_ && activation_totals<false>(a, floor_, own.totals)) {
+          activation_totals<true>(a, floor_, own.totals);
+        }
         for (int64_t k = 0; k < args_.targets; ++k) {
           weigh_target(n, k, c, width, a, own, maps + k * map_stride_);
         }
@@ -410,7 +415,8 @@ class Cam {
 
   template <class A>
   void add(const Tile<A>& a, const Scratch& own, T* maps) const {
-    auto step = total_ ? add_weighted<true, A> : add_weighted<false, A>;
+    // Totals have shown what rectifying hides; without it nothing is hidden.
+    auto step = total_ || !args_.rectify ? add_weighted<false, A> : add_weighted<true, A>;
     step(a, floor_, own.weights, tile_stride_, args_.targets, maps, map_stride_);
   }
 
@@ -435,7 +441,8 @@ class Cam {
       if constexpr (__is_same(A, S)) beside = a;
       if (elementwise_) {
         elements_(g, beside, floor_, map);
-      } else {
+      } else if (positive_weights_ == nullptr || g.order == Order::kUniform ||
+                 positive_weights_(g, own.totals, weights)) {
         weights_(g, beside, own.totals, floor_, T(args_.eps), own.second, weights);
       }
     }
@@ -475,6 +482,7 @@ class Cam {
   const S* a_end_;
   const S* g_end_;
   void (*weights_)(const Tile<S>&, const Tile<S>&, const T*, T, T, T*, T*) = nullptr;
+  bool (*positive_weights_)(const Tile<S>&, const T*, T*) = nullptr;
   void (*staged_weights_)(const Tile<T>&, const Tile<T>&, const T*, T, T, T*, T*) = nullptr;
   void (*elements_)(const Tile<S>&, const Tile<S>&, T, T*) = nullptr;
   void (*staged_elements_)(const Tile<T>&, const Tile<T>&, T, T*) = nullptr;

@@ -62,6 +62,11 @@ struct GradCamPlusPlus {
   static GCPP_HOST_DEVICE void term(V g, V, V total, V eps, V& first, V&) {
     first += g * positive_alpha<kEps>(g, total, eps);
   }
+  // The same for g >= 0 and S >= 0, where nothing needs a comparison.
+  template <class V>
+  static GCPP_HOST_DEVICE void positive_term(V g, V total, V& first) {
+    first += g * reciprocal(total * g + 2);
+  }
   template <class V>
   static GCPP_HOST_DEVICE V weight(V first, V, V total, V, V) {
     return first + total * 0;
