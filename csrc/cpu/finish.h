@@ -24,11 +24,13 @@ void finish_map(T* map, int64_t cells, bool relu, Normalize normalize) {
     greatest = select(cell > greatest, cell, greatest);
     store(map + x, cell);
   }
-  T low = infinity, high = -infinity, spoilt = 0;
+  const T spoilt = lane_sum<T>(poison);
+  T lows[lanes], highs[lanes], low = infinity, high = -infinity;
+  store(lows, least);
+  store(highs, greatest);
   for (int i = 0; i < lanes; ++i) {
-    spoilt += poison[i];
-    low = least[i] < low ? least[i] : low;
-    high = greatest[i] > high ? greatest[i] : high;
+    low = lows[i] < low ? lows[i] : low;
+    high = highs[i] > high ? highs[i] : high;
   }
   if (spoilt != 0) {
     for (int64_t x = 0; x < cells; ++x) map[x] = spoilt;

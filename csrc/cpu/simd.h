@@ -183,8 +183,10 @@ class SignedNonFinite {
                                   : sizeof(S) == 4              ? 0xff800000u
                                   : std::is_same_v<S, BFloat16> ? 0xff80u
                                                                 : 0xfc00u;
+    std::make_unsigned_t<Integer<S>> greatest[kGroup<S>];
+    std::memcpy(greatest, &greatest_, sizeof greatest_);
     bool any = false;
-    for (int i = 0; i < kGroup<S>; ++i) any |= greatest_[i] >= infinity;
+    for (int i = 0; i < kGroup<S>; ++i) any |= greatest[i] >= infinity;
     return any;
   }
 
