@@ -340,7 +340,11 @@ void add_columns(const Tile<S>& a, const Shown& shown, const T* weights, int64_t
     int64_t c = 0;
     for (; c + kGroup<S> <= a.channels; c += kGroup<S>) group(c, kGroup<S>);
     if (c < a.channels) group(c, a.channels - c);
-    for (int i = 0; i < kCount; ++i) map[x + i] += lane_sum<T>(sum[i]);
+    if constexpr (kCount == kLanes<T>) {
+      store(map + x, load(map + x) + lane_sums<T>(sum));
+    } else {
+      for (int i = 0; i < kCount; ++i) map[x + i] += lane_sum<T>(sum[i]);
+    }
   };
   auto dots = [&](auto count, int64_t x) __attribute__((always_inline)) {
     for (int64_t k = 0; k < targets; ++k) {
@@ -348,7 +352,7 @@ void add_columns(const Tile<S>& a, const Shown& shown, const T* weights, int64_t
     }
   };
   int64_t x = 0;
-  for (; x + 4 <= a.positions; x += 4) dots(Constant<4>{}, x);
+  for (; x + kLanes<T> <= a.positions; x += kLanes<T>) dots(Constant<kLanes<T>>{}, x);
   for (; x < a.positions; ++x) dots(Constant<1>{}, x);
 }
 
