@@ -111,10 +111,6 @@ class _Run:
 
     def gradients(self) -> Iterator[list[Tensor]]:
         """[N, k, C, *S] a layer, of so many targets k at a time as CHUNK_BYTES hold."""
-        closed = self._closed_form()
-        if closed is not None:
-            yield closed
-            return
         scores = self.scores.values
         bytes_a_target = max(1, sum(a.nbytes for a in self.capture.activations))
         chunks = scores.split(max(1, CHUNK_BYTES // bytes_a_target), dim=1)
@@ -126,7 +122,8 @@ class _Run:
                 layers.check_patches(site, layout, gradient)
             yield [layout(g) for layout, g in zip(self.layouts, gradients, strict=True)]
 
-    def _closed_form(self) -> list[Tensor] | None:
+    def closed_form(self) -> list[Tensor] | None:
+        """[N, K, C, *S] a layer, expanded, where the head needs no backward pass; else None."""
         classes = self.scores.targets
         if not isinstance(classes, torch.Tensor):
             return None
@@ -139,6 +136,14 @@ class _Run:
                 return None
             found.append(layout(gradients))
         return found
+
+    def agrees(self, closed: list[Tensor]) -> bool:
+        """Whether autograd finds the same for the first target; its graph is kept."""
+        found = self.capture.gradients(self.scores.values[:, :1], keep_graph=True)
+        return all(
+            torch.allclose(layout(gradients), each[:, :1], rtol=1e-2, atol=0)
+            for layout, gradients, each in zip(self.layouts, found, closed, strict=True)
+        )
 
 
 class Explainer:
@@ -162,6 +167,10 @@ class Explainer:
         fuse: of several layers, the "mean" or "max" of their maps; None keeps them apart.
         average: variations of the images whose maps are averaged, ``Smooth(...)`` (noise) or
             ``Augment(...)`` (flips, intensities). Scores and classes are those of the images.
+        head: "auto" reads the gradients of classes from the weights where the head is a mean over
+            space and one linear layer: no backward pass runs. The head is recognised in autograd's
+            graph, and the first such gradients are compared with autograd's (a hook may change
+            those). "autograd" always runs the backward pass.
         activation: what makes outputs probabilities; "sigmoid" for multi-label models.
         normalize, interpolation, relu, rectify, eps, temperature: as ``gradcampp_ext.cam``.
     Raises: ValueError for arguments that do not fit the model or each other; CaptureError if the
@@ -178,6 +187,7 @@ class Explainer:
         tokens: Sequence[int] | None = None,
         fuse: Literal["mean", "max"] | None = None,
         average: Variations | None = None,
+        head: Literal["auto", "autograd"] = "auto",
         activation: Literal["softmax", "sigmoid"] = "softmax",
         normalize: Literal["minmax", "max"] | None = "minmax",
         interpolation: Literal["linear", "nearest"] = "linear",
@@ -188,6 +198,8 @@ class Explainer:
     ) -> None:
         if fuse not in (None, "mean", "max"):
             raise ValueError(f"fuse must be 'mean', 'max' or None, got {fuse!r}")
+        if head not in ("auto", "autograd"):
+            raise ValueError(f"head must be 'auto' or 'autograd', got {head!r}")
         if activation not in ("softmax", "sigmoid"):
             raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}")
         self.model = _explainable(model)
@@ -199,6 +211,7 @@ class Explainer:
         self._fuse = fuse
         self._average = average
         self._activation = activation
+        self._by_weights = None if head == "auto" else False  # None: not yet compared
         self._cam = partial(
             cam,
             method=method,
@@ -221,9 +234,6 @@ class Explainer:
         size: Size = None,
     ) -> Explanation:
         """Maps of a batch, by one forward pass and a backward pass through the head a target.
-
-        Where the head is a mean over space and one linear layer, and classes are explained, the
-        gradients are read from its weights without a backward pass.
 
         Args:
             images: what the model takes: a tensor [N, C, *S], or a tuple of its positional or a
@@ -275,7 +285,7 @@ class Explainer:
         with inference(self.model):
             args, kwargs = arguments(images)
             run = self._run(self._located(args, kwargs), args, kwargs, targets, topk)
-            chunks = zip(*run.gradients(), strict=True)
+            chunks = zip(*self._gradients(run), strict=True)
             gradients = [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in chunks]
         scores = replace(run.scores, values=run.scores.values.detach())
         return Captured(run.activations, gradients, scores)
@@ -326,13 +336,22 @@ class Explainer:
             layouts.append(self._layouts[key])
         return _Run(capture, layouts, output, scores, tuple(image.shape[2:]))
 
+    def _gradients(self, run: _Run) -> Iterator[list[Tensor]]:
+        closed = None if self._by_weights is False else run.closed_form()
+        if closed is not None and self._by_weights is None:
+            self._by_weights = run.agrees(closed)
+        if closed is not None and self._by_weights:
+            yield closed
+        else:
+            yield from run.gradients()
+
     def _maps(self, run: _Run, size: Size) -> Tensor:
         """Maps [N, K, *size], or [N, K, L, *size] of layers kept apart."""
         if isinstance(size, str) and size != "feature":
             raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
         pixels = None if size == "feature" else run.image_size if size is None else size
         chunks = []
-        for gradients in run.gradients():
+        for gradients in self._gradients(run):
             pairs = zip(run.activations, gradients, strict=True)
             chunks.append(self._fused([self._cam(a, g, size=pixels) for a, g in pairs]))
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)

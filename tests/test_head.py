@@ -129,6 +129,7 @@ def test_explainer_runs_no_backward(method: str, monkeypatch: pytest.MonkeyPatch
     model = Headed(HEADS["modules"])
     explainer = Explainer(model, "conv", method)
     expected = explainer(IMAGES, [lambda output, k=k: output[:, k] for k in range(5)]).maps
+    explainer(IMAGES)  # compares the first gradients with autograd's
     monkeypatch.setattr(torch.autograd, "grad", None)
     explanation = explainer.all_classes(IMAGES, size=(4, 6))
     assert explanation.targets.tolist() == [[0, 1, 2, 3, 4]] * 2
@@ -145,3 +146,42 @@ def test_all_classes_of_any_head() -> None:
     assert explanation.maps.shape == (2, 5, 4, 6)
     one = Explainer(model, "conv")(IMAGES, 3, size="feature")
     torch.testing.assert_close(explanation.maps[:, 3:4], one.maps)
+
+
+def test_autograd_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Headed(HEADS["modules"])
+    explainer = Explainer(model, "conv", head="autograd")
+    expected = Explainer(model, "conv")(IMAGES, topk=2).maps
+    torch.testing.assert_close(explainer(IMAGES, topk=2).maps, expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(head, "gradients", None)
+    explainer(IMAGES)
+    with pytest.raises(ValueError, match="head must be 'auto' or 'autograd', got 'weights'"):
+        Explainer(model, "conv", head="weights")
+
+
+def test_a_hook_that_changes_gradients_is_honoured() -> None:
+    def rest(model: Headed, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3))
+        if mean.requires_grad:
+            mean.register_hook(lambda g: g * torch.arange(-2.0, 4.0))
+        return model.linear(mean)
+
+    model = Headed(rest)
+    closed, hooked = both(model, IMAGES, CLASSES)
+    assert closed is not None
+    assert not torch.allclose(closed, hooked)
+    explainer = Explainer(model, "conv")
+    for _ in range(2):
+        captured = explainer.capture(IMAGES, CLASSES)
+        assert torch.equal(captured.gradients[0], hooked)
+
+
+def test_all_classes_cost_one_forward() -> None:
+    calls = []
+    model = Headed(HEADS["modules"])
+    model.conv.register_forward_hook(lambda *_: calls.append(1))
+    explainer = Explainer(model, "conv")
+    explainer(IMAGES)
+    calls.clear()
+    explainer.all_classes(IMAGES)
+    assert len(calls) == 1

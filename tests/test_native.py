@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,3 +104,9 @@ def test_broken_cuda_library_is_recorded(folder, monkeypatch):
     assert _native.load() == _native.Libraries(
         ("_cpu",), "_cuda.so did not load: libtorch_cuda.so: cannot open shared object file"
     )
+
+
+def test_modules_are_attributes_of_the_package() -> None:
+    program = "import gradcampp_ext as gx; print(gx.targets.Contrast(3, 5), gx.reference.cam)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.startswith("Contrast(index=3, others=5"), run.stderr
