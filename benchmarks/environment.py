@@ -1,0 +1,82 @@
+"""What a result was measured on and with: it stands in every JSON file of results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradcampp_ext import _native
+
+_PACKAGES = (
+    "gradcampp_ext",
+    "torch",
+    "torchvision",
+    "numpy",
+    "opencv-python-headless",
+    "grad-cam",
+    "torchcam",
+    "captum",
+)
+
+
+def about(device: str = "cpu") -> dict[str, Any]:
+    """Machine, versions, commit and time (UTC), without the names of machine and user."""
+    found: dict[str, Any] = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "instruction_set": _native.status().cpu_capability,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        found["cuda"] = {
+            "card": card.name,
+            "memory_bytes": card.total_memory,
+            "capability": f"{card.major}.{card.minor}",
+            "toolkit": torch.version.cuda,
+        }
+    return found
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + where tracked files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
