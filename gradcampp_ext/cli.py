@@ -85,8 +85,15 @@ def explain(
         str, typer.Option(metavar="NAME", help="gradcampp, gradcam, layercam, ...")
     ] = "gradcampp",
     target_layer: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="See gradcampp layers. Default: before the pooling."),
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="See gradcampp layers; repeat it for a map a layer. Default: before the pooling.",
+        ),
+    ] = None,
+    fuse: Annotated[
+        Literal["mean", "max"] | None,
+        typer.Option(help="One map for all layers: the mean or the largest of theirs."),
     ] = None,
     target: Annotated[
         str,
@@ -209,7 +216,8 @@ def explain(
         progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
         options = batch.Options(
             method=method,
-            target_layer=target_layer,
+            target_layer=target_layer or None,
+            fuse=fuse,
             target=_target(target, loaded),
             topk=top_k,
             size=_size(size),

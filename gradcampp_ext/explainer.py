@@ -86,11 +86,13 @@ class Captured:
         activations: [N, C, *S] of each layer.
         gradients: [N, K, C, *S] of each layer; perhaps expanded (stride 0), so not to write to.
         scores: what they are the gradients of.
+        layers: their names.
     """
 
     activations: list[Tensor]
     gradients: list[Tensor]
     scores: Scores
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,8 @@ class Explainer:
             chunks = zip(*self._gradients(run), strict=True)
             gradients = [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in chunks]
         scores = replace(run.scores, values=run.scores.values.detach())
-        return Captured(run.activations, gradients, scores)
+        names = tuple(site.name for site in run.capture.sites)
+        return Captured(run.activations, gradients, scores, names)
 
     def _find(
         self, target_layer: TargetLayer | Sequence[TargetLayer] | None

@@ -203,6 +203,68 @@ def test_top_k(tmp_path, model):
         np.testing.assert_allclose(saved, expected.maps[0, k].numpy(), atol=1e-4)
 
 
+LAYERS = ("features.0", "pool:input", "late")
+
+
+class Deep(Net):
+    """Its layers have maps of two sizes, 8 x 8 and 4 x 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Conv2d(8, 8, 2, stride=2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        early = self.features(images)
+        return self.head(self.pool(early).flatten(1) + self.late(early).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_several_layers(tmp_path, topk):
+    torch.manual_seed(6)
+    deep = LoadedModel(Deep().eval(), RECIPE, CLASSES)
+    paths = write_pictures(tmp_path / "in", 3)
+    sinks = [batch.Overlays("png"), batch.Maps()]
+    options = {"topk": topk, "target_layer": LAYERS}
+    summary = run([tmp_path / "in"], deep, tmp_path / "out", sinks, **options)
+    assert (summary.explained, summary.layer) == (3, ", ".join(LAYERS))
+    rows = lines(tmp_path / "out" / "results.jsonl")
+    assert [row["layer"] for row in rows] == list(LAYERS) * topk * 3
+    assert [row["rank"] for row in rows] == [k for k in range(1, topk + 1) for _ in LAYERS] * 3
+    assert len({row["files"]["map"] for row in rows}) == len(rows)
+    assert rows[1]["files"]["map"] == f"maps/000{'.top1' if topk > 1 else ''}.pool_input.npy"
+    inputs = RECIPE.normalize(torch.from_numpy(RECIPE.picture(imaging.read(paths[0]))[None].copy()))
+    expected = Explainer(deep.model, LAYERS)(inputs, topk=topk).maps[0].flatten(0, 1)
+    for row, maps in zip(rows, expected, strict=False):
+        saved = np.load(tmp_path / "out" / row["files"]["map"])
+        np.testing.assert_allclose(saved, maps.numpy(), atol=1e-4)
+        assert row["entropy"] == pytest.approx(
+            float(torch.special.entr(maps / maps.sum()).sum()), rel=1e-3
+        )
+    assert (expected[0] - expected[2]).abs().max() > 0.05
+    before = tree(tmp_path / "out")
+    results = tmp_path / "out" / "results.jsonl"
+    results.write_bytes(b"".join(results.read_bytes().splitlines(keepends=True)[: 3 * topk + 1]))
+    assert run([tmp_path / "in"], deep, tmp_path / "out", sinks, **options).resumed == 1
+    assert tree(tmp_path / "out").keys() == before.keys()
+
+
+@pytest.mark.parametrize("fuse", ["mean", "max"])
+def test_fused_layers(tmp_path, fuse):
+    torch.manual_seed(6)
+    deep = LoadedModel(Deep().eval(), RECIPE, CLASSES)
+    (path,) = write_pictures(tmp_path / "in", 1)
+    run([path], deep, tmp_path / "out", target_layer=LAYERS, fuse=fuse)
+    (row,) = lines(tmp_path / "out" / "results.jsonl")
+    assert row["layer"] == f"{fuse}(features.0, pool:input, late)"
+    inputs = RECIPE.normalize(torch.from_numpy(RECIPE.picture(imaging.read(path))[None].copy()))
+    expected = Explainer(deep.model, LAYERS, fuse=fuse)(inputs)
+    saved = np.load(tmp_path / "out" / row["files"]["map"])
+    np.testing.assert_allclose(saved, expected.maps[0, 0].numpy(), atol=1e-4)
+    run([path], deep, tmp_path / "feature", [batch.Maps("feature")], target_layer=LAYERS, fuse=fuse)
+    (row,) = lines(tmp_path / "feature" / "results.jsonl")
+    assert np.load(tmp_path / "feature" / row["files"]["map"]).shape == (8, 8)
+
+
 def test_sizes_of_maps_and_overlays(tmp_path, model):
     paths = write_pictures(tmp_path / "in", 1)
     run(paths, model, tmp_path / "out", [batch.Overlays("jpg"), batch.Maps("feature", "float16")],
@@ -236,6 +298,11 @@ def test_labels_as_targets(tmp_path, model):
     reasons = [error["reason"] for error in lines(tmp_path / "out" / "errors.jsonl")]
     assert "no class is called 'unicorn'" in reasons[0]
     assert "no label" in reasons[1]
+
+
+def test_what_is_no_sink_is_told(tmp_path, model):
+    with pytest.raises(TypeError, match="FileSink or SeriesSink, got Recipe"):
+        run([tmp_path], model, tmp_path / "out", [RECIPE])
 
 
 def test_options_that_exclude_each_other():
@@ -658,11 +725,11 @@ class Small(Explainer):
 
     sizes: list[int]
 
-    def __call__(self, images, *args, **kwargs):
+    def capture(self, images, *args, **kwargs):
         Small.sizes.append(len(images))
         if len(images) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        return super().__call__(images, *args, **kwargs)
+        return super().capture(images, *args, **kwargs)
 
 
 def test_out_of_memory_halves_the_batch(tmp_path, model, monkeypatch):
@@ -686,7 +753,7 @@ def test_out_of_memory_for_one_picture(tmp_path, model, monkeypatch):
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(Explainer, "__call__", exhausted)
+    monkeypatch.setattr(Explainer, "capture", exhausted)
     with pytest.raises(batch.EngineError, match="not enough memory for one picture"):
         run(write_pictures(tmp_path / "in", 2), model, tmp_path / "out")
 

@@ -79,8 +79,8 @@ def test_results_have_these_columns():
     (row,) = results()
     assert list(row) == [
         "path", "name", "predicted", "predicted_name", "predicted_probability", "label",
-        "label_name", "right", "rank", "target", "target_name", "probability", "score", "width",
-        "height", "view", "peak", "central_mass", "entropy", "files",
+        "label_name", "right", "rank", "layer", "target", "target_name", "probability", "score",
+        "width", "height", "view", "peak", "central_mass", "entropy", "files",
     ]  # fmt: skip
     assert row["files"] == {"overlay": "overlays/a.jpg", "map": "maps/a.npy"}
     assert Image.open("out/overlays/a.jpg").size == (32, 32)
@@ -109,6 +109,8 @@ def test_broken_pictures_and_the_exit_code():
         (["--target", "unicorn"], "no class is called 'unicorn'"),
         (["--target", "3"], "only 0 to 2"),
         (["--target", "cat", "--top-k", "2"], "cannot go with a target"),
+        (["--fuse", "mean"], "target_layer must name two"),
+        (["--target-layer", "0", "--target-layer", "0"], "must name different layers"),
         (["--top-k", "4"], "topk must be from 1 to the 3 classes"),
         (["--colormap", "beige"], "colormap must be one of turbo, jet"),
         (["--labels", "none.csv"], "none.csv cannot be read"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -12,6 +14,7 @@ from torch.nn.functional import interpolate
 from gradcampp_ext.batch.sinks import Rendered
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
+from gradcampp_ext.ops import cam
 from gradcampp_ext.targets import select
 
 if TYPE_CHECKING:
@@ -33,7 +36,8 @@ class Options:
 
     Attributes:
         method: see `gradcampp_ext.methods.METHODS`.
-        target_layer: None for the model's own choice, or else the explainer's.
+        target_layer: a name, or several; None for the model's own choice, or else the explainer's.
+        fuse: of several layers, the "mean" or "max" of their maps; None gives a map a layer.
         target: None for the predicted class, "label" for the true one, or a class index.
         topk: explain the K classes of the largest outputs; only with target None.
         size: height and width of overlays and maps; None for the size of the network's input.
@@ -43,7 +47,8 @@ class Options:
     """
 
     method: str = "gradcampp"
-    target_layer: str | None = None
+    target_layer: str | Sequence[str] | None = None
+    fuse: Literal["mean", "max"] | None = None
     target: int | Literal["label"] | None = None
     topk: int = 1
     size: tuple[int, int] | None = None
@@ -62,12 +67,30 @@ class Options:
             raise ValueError(f"size must be positive, in pixels, got {self.size}")
         if self.topk > 1 and self.target is not None:
             raise ValueError("topk explains the largest outputs, so it cannot go with a target")
+        if self.fuse not in (None, "mean", "max"):
+            raise ValueError(f"fuse must be 'mean', 'max' or None, got {self.fuse!r}")
+        if self.layers == () or len(set(self.layers or ())) < len(self.layers or ()):
+            raise ValueError(f"target_layer must name different layers, got {self.target_layer}")
+        if self.fuse is not None and len(self.layers or ()) < 2:
+            raise ValueError("fuse joins the maps of several layers, so target_layer must name two")
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """Names of the target layers; None for the default."""
+        if self.target_layer is None or isinstance(self.target_layer, str):
+            return None if self.target_layer is None else (self.target_layer,)
+        return tuple(self.target_layer)
+
+    @property
+    def maps(self) -> int:
+        """Maps, and rows of results, of each picture: classes times layers."""
+        return self.topk * (1 if self.fuse else len(self.layers or ("default",)))
 
 
 class _Explained(NamedTuple):
-    """A batch as the explainer gives it; N pictures, K targets."""
+    """A batch as the explainer gives it; N pictures, K targets, a map a layer."""
 
-    maps: Tensor  # [N, K, h, w]
+    maps: tuple[Tensor, ...]  # [N, K, h, w] each
     target: Tensor  # [N, K]
     score: Tensor  # [N, K]
     probability: Tensor  # [N, K]
@@ -83,24 +106,28 @@ class Engine:
         options: how.
 
     Attributes:
-        layer: the layer that is explained; None before the first batch.
+        layer: the layer that is explained, or the names of several; None before the first batch.
     """
 
     def __init__(self, model: LoadedModel, options: Options) -> None:
         self._model, self._options = model, options
         self._size = options.size or model.recipe.size
         self._limit = options.batch_size
-        self.layer: str | None = None
+        self._layers: tuple[str, ...] = ()
         network = model.model.to(options.device, options.dtype)
         self._explainer = Explainer(
             network.to(memory_format=torch.channels_last),
-            options.target_layer or model.target_layer,
+            options.layers or model.target_layer,
             options.method,
             output=self._remember,
         )
 
+    @property
+    def layer(self) -> str | None:
+        return ", ".join(self._layers) or None
+
     def __call__(self, batch: Batch) -> tuple[list[list[Row]], Rendered | None]:
-        """K rows a picture, and what sinks draw from.
+        """`Options.maps` rows a picture, and what sinks draw from.
 
         A picture whose scores or maps are not finite has no rows, and is added to the failures.
         """
@@ -108,9 +135,7 @@ class Engine:
             return [], None
         device = self._options.device
         explained = self._explain(batch.pictures.to(device, non_blocking=True), batch.items)
-        shape = (*explained.maps.shape[:2], *self._size)
-        flat = explained.maps.flatten(0, 1).unsqueeze(1)
-        maps = interpolate(flat, self._size, mode="bilinear").reshape(shape)
+        maps = self._joined(explained.maps, self._size)
         tensors = explained._asdict() | _statistics(maps)
         del tensors["maps"]
         columns = {name: tensor.tolist() for name, tensor in tensors.items()}
@@ -124,7 +149,23 @@ class Engine:
                 reason = f"scores or maps are not finite; does {self._options.dtype} overflow?"
                 batch.failures.append((item.path, reason))
         displays = batch.displays.to(device, non_blocking=True)
-        return rows, Rendered(displays, maps, explained.maps)
+        largest = max((each.shape[2:] for each in explained.maps), key=math.prod)
+        return rows, Rendered(displays, maps, self._joined(explained.maps, largest))
+
+    def _joined(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Maps of the layers at one size, [N, K, *size] if fused, else [N, K * layers, *size]."""
+        resized = [
+            each
+            if each.shape[2:] == tuple(size)
+            else interpolate(each, tuple(size), mode="bilinear")
+            for each in maps
+        ]
+        if len(resized) == 1:
+            return resized[0]
+        stacked = torch.stack(resized, 2)
+        if self._options.fuse is None:
+            return stacked.flatten(1, 2)
+        return stacked.mean(2) if self._options.fuse == "mean" else stacked.amax(2)
 
     def _explain(self, pictures: Tensor, items: Sequence[Decoded]) -> _Explained:
         """In parts of `_limit` pictures, which is halved where memory runs out."""
@@ -148,7 +189,9 @@ class Engine:
             except RuntimeError as error:
                 shape = (len(pictures[part]), 3, *self._model.recipe.size)
                 raise EngineError(f"the model fails on pictures {shape}: {error}") from error
-        return _Explained(*map(torch.cat, zip(*parts, strict=True)))
+        maps, *tensors = zip(*parts, strict=True)
+        layers = tuple(map(torch.cat, zip(*maps, strict=True)))
+        return _Explained(layers, *map(torch.cat, tensors))
 
     def _explain_part(self, pictures: Tensor, items: Sequence[Decoded]) -> _Explained:
         images = self._model.recipe.normalize(pictures, self._options.dtype)
@@ -156,17 +199,22 @@ class Engine:
         if targets == "label":
             targets = [item.label for item in items]
         topk = self._options.topk if targets is None else None
-        explanation = self._explainer(images, targets, topk=topk, size="feature")
-        self.layer = str(explanation.layer)
-        predicted, probabilities = explanation.predicted, explanation.probabilities
+        captured = self._explainer.capture(images, targets, topk=topk)
+        self._layers, scores = captured.layers, captured.scores
+        predicted, probabilities = scores.predicted, scores.probabilities
         if predicted is None or probabilities is None:
             shape = list(self._output.shape)
             raise EngineError(f"the model gives {shape}; a classifier's [N, classes] is needed")
         confidence = self._output.float().softmax(-1).gather(-1, predicted[:, None])[:, 0]
         return _Explained(
-            explanation.maps.float(),
-            torch.as_tensor(explanation.targets),
-            explanation.scores.float(),
+            tuple(
+                cam(activations, gradients, method=self._options.method).float()
+                for activations, gradients in zip(
+                    captured.activations, captured.gradients, strict=True
+                )
+            ),
+            torch.as_tensor(scores.targets),
+            scores.values.float(),
             probabilities.float(),
             predicted,
             confidence,
@@ -180,8 +228,12 @@ class Engine:
     def _rows(self, item: Decoded, figures: dict[str, Any]) -> list[Row]:
         names = self._model.classes.name
         left, top, right, bottom = item.view
+        layers = self._layers
+        if self._options.fuse is not None:
+            layers = (f"{self._options.fuse}({', '.join(layers)})",)
         rows = []
-        for k, target in enumerate(figures["target"]):
+        for index, (target, layer) in enumerate(itertools.product(figures["target"], layers)):
+            k = index // len(layers)
             row: Row = {
                 "path": item.path,
                 "name": item.name,
@@ -192,6 +244,7 @@ class Engine:
                 "label_name": None if item.label is None else names(item.label),
                 "right": None if item.label is None else item.label == figures["predicted"],
                 "rank": k + 1,
+                "layer": layer,
                 "target": target,
                 "target_name": names(target),
                 "probability": _rounded(figures["probability"][k]),
@@ -203,16 +256,27 @@ class Engine:
                 "central_mass": None,
                 "entropy": None,
             }
-            if figures["mass"][k] > 0:
-                x, y = figures["peak_x"][k], figures["peak_y"][k]
+            if figures["mass"][index] > 0:
+                x, y = figures["peak_x"][index], figures["peak_y"][index]
                 row["peak"] = [
                     _rounded(left + x * (right - left)),
                     _rounded(top + y * (bottom - top)),
                 ]
-                row["central_mass"] = _rounded(figures["central_mass"][k])
-                row["entropy"] = _rounded(figures["entropy"][k])
+                row["central_mass"] = _rounded(figures["central_mass"][index])
+                row["entropy"] = _rounded(figures["entropy"][index])
             rows.append(row)
         return rows
+
+
+def by_picture(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of pictures, which have all of them one after the other, apart."""
+    pictures: list[list[Row]] = []
+    for row in rows:
+        first = pictures[-1][0] if pictures else row
+        if row["rank"] == first["rank"] and row["layer"] == first["layer"]:
+            pictures.append([])
+        pictures[-1].append(row)
+    return pictures
 
 
 def _statistics(maps: Tensor) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradcampp_ext.batch.decode import Chunk, Decoder, Decoding, default_workers
-from gradcampp_ext.batch.engine import Engine, Options
+from gradcampp_ext.batch.engine import Engine, Options, by_picture
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
-from gradcampp_ext.batch.sinks import draw
+from gradcampp_ext.batch.sinks import FileSink, SeriesSink, draw
 from gradcampp_ext.batch.writer import Writer
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Summary:
         failed: pictures skipped; errors.jsonl has the reasons.
         resumed: pictures that an earlier run had explained.
         labelled, right: of the explained ones, those with a label, and those predicted right.
-        layer: the layer that was explained; None if nothing was.
+        layer: the layer that was explained, or the names of several; None if nothing was.
         interrupted: whether it was told to stop before the end.
         seconds: from the first to the last picture.
         shares: of that time, what the main thread spent waiting for pictures ("decode"),
@@ -88,11 +88,18 @@ def run(
         stop: when set, the batch in flight is finished and the run ends.
 
     Raises:
+        TypeError: something among the sinks is none.
         RecordError: the folder cannot be used, or not be written any longer.
         EngineError, CaptureError, ValueError: model, layer, method and pictures do not fit.
         DecodeError: a decoding process died.
     """
     options = options or Options()
+    for sink in sinks:
+        if not isinstance(sink, FileSink | SeriesSink):
+            raise TypeError(
+                f"sinks must be of the kinds FileSink or SeriesSink, got {type(sink).__name__}, "
+                "which has not all of their methods and attributes"
+            )
     stop = stop or threading.Event()
     progress = progress or Progress()
     tally = _Tally(progress)
@@ -104,7 +111,7 @@ def run(
         batches = None if total is None else -(-total // options.batch_size)
         workers = default_workers(options.device, batches)
     settings = _settings(model, options, sinks)
-    record = Record(out, settings, rows=options.topk, overwrite=overwrite)
+    record = Record(out, settings, rows=options.maps, overwrite=overwrite)
     with record, progress:
         decoder = Decoder(
             source,
@@ -145,7 +152,8 @@ def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> di
         "recipe": str(model.recipe),
         "classes": model.classes.sha256,
         "method": options.method,
-        "target_layer": options.target_layer or model.target_layer,
+        "target_layer": options.layers or model.target_layer,
+        "fuse": options.fuse,
         "target": options.target,
         "topk": options.topk,
         "size": list(options.size or model.recipe.size),
@@ -175,11 +183,10 @@ class _Tally(Progress):
         self.summary = Summary()
 
     def explained(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            if row["rank"] == 1:
-                self.summary.explained += 1
-                self.summary.labelled += row["right"] is not None
-                self.summary.right += row["right"] is True
+        for row, *_ in by_picture(rows):
+            self.summary.explained += 1
+            self.summary.labelled += row["right"] is not None
+            self.summary.right += row["right"] is True
         self._progress.explained(rows)
 
     def failed(self, path: str, reason: str) -> None:

@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from gradcampp_ext.batch.engine import by_picture
+
 if TYPE_CHECKING:
     from gradcampp_ext.batch.engine import Row
     from gradcampp_ext.batch.pipeline import Summary
@@ -41,7 +43,7 @@ class Progress:
         """`total` pictures, if that is known, of which `done` were explained earlier."""
 
     def explained(self, rows: Sequence[Row]) -> None:
-        """Rows of pictures that are recorded; the first of each picture has rank 1."""
+        """Rows of pictures that are recorded; `engine.by_picture` has them apart."""
 
     def failed(self, path: str, reason: str) -> None:
         """A picture that is skipped."""
@@ -85,11 +87,7 @@ class Lines(Progress):
         self._bar.start()
 
     def explained(self, rows: Sequence[Row]) -> None:
-        pictures: list[list[Row]] = []
-        for row in rows:
-            if row["rank"] == 1:
-                pictures.append([])
-            pictures[-1].append(row)
+        pictures = by_picture(rows)
         self._pace.explained += len(pictures)
         if not self._quiet and pictures:
             self._print(Text("\n").join(map(_line, pictures)))
@@ -135,7 +133,7 @@ class JsonLines(Progress):
         self._write("started", total=total, resumed=done)
 
     def explained(self, rows: Sequence[Row]) -> None:
-        self._pace.explained += sum(row["rank"] == 1 for row in rows)
+        self._pace.explained += len(by_picture(rows))
         self._tell()
 
     def failed(self, path: str, reason: str) -> None:
@@ -185,9 +183,10 @@ def _line(rows: Sequence[Row]) -> Text:
         true = f"wrong, it is {_class(first, 'label')}"
         text.append(", ")
         text.append(*(("right", "green") if first["right"] else (true, "red")))
-    others = [row for row in rows if row["target"] != first["predicted"]]
+    explained = [row for row in rows if row["layer"] == first["layer"]]
+    others = [row for row in explained if row["target"] != first["predicted"]]
     if others:
-        text.append("; explained: " if len(rows) == 1 else "; ")
+        text.append("; explained: " if len(explained) == 1 else "; ")
         text.append(", ".join(_class(row, "target", "probability") for row in others))
     return text
 

@@ -25,10 +25,12 @@ OVERLAY_FORMATS = ("jpg", "png", "webp")
 class Rendered:
     """A batch of N pictures with K maps each, on the device that explained them.
 
+    K counts classes times layers, in the order of the pictures' rows of results.
+
     Attributes:
         pictures: uint8 [N, H, W, 3], what the network saw, at the size of the maps.
         maps: float [N, K, H, W] in [0, 1].
-        feature_maps: the same before upsampling, [N, K, h, w].
+        feature_maps: the same at the size of the layer, or of the largest of them, [N, K, h, w].
     """
 
     pictures: torch.Tensor
@@ -42,7 +44,7 @@ class FileSink(Protocol):
 
     Attributes:
         column: its key under "files" in the results.
-        per_picture: one file a picture, however many of its classes are explained.
+        per_picture: one file a picture, however many maps it has.
     """
 
     @property
@@ -169,7 +171,7 @@ class Maps:
 
     Attributes:
         size: "image", the size of the network's input (or of --size), or "feature", that of the
-            target layer.
+            target layer (the largest, of several).
         dtype: "float32" or "float16".
     """
 

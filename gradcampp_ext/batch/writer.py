@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from gradcampp_ext.batch.record import safe_name
 from gradcampp_ext.batch.sinks import FileSink, SeriesSink
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Writer:
         """One batch; waits while too many are pending.
 
         Args:
-            rows: K rows a picture, or none for a picture that failed.
+            rows: a row a map, or none for a picture that failed.
             drawn: by the sinks; None if all pictures failed.
             failures: paths and reasons.
         Raises: what a sink or the record raised for an earlier batch.
@@ -96,8 +97,7 @@ class Writer:
                 for _, futures in written:
                     futures[sink.column] = future
                 continue
-            for k, (row, futures) in enumerate(written):
-                name = row["name"] if len(rows) == 1 else f"{row['name']}.top{row['rank']}"
+            for k, (name, (_, futures)) in enumerate(zip(_names(rows), written, strict=True)):
                 futures[sink.column] = self._pool.submit(
                     sink.write, self._record, name, values[n, k]
                 )
@@ -129,6 +129,22 @@ class Writer:
         for path, reason in failures:
             self._record.fail(path, reason)
             self._progress.failed(path, reason)
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """What the files of a picture's maps are called: by rank and layer where there are several."""
+    several_ranks = len({row["rank"] for row in rows}) > 1
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    called = [safe_name(layer) for layer in layers]
+    if len({name.casefold() for name in called}) < len(layers) or len(max(called, key=len)) > 40:
+        called = [f"layer{number}" for number in range(1, len(layers) + 1)]
+    by_layer = dict(zip(layers, called, strict=True))
+    return [
+        row["name"]
+        + (f".top{row['rank']}" if several_ranks else "")
+        + (f".{by_layer[row['layer']]}" if len(layers) > 1 else "")
+        for row in rows
+    ]
 
 
 _Written: TypeAlias = "tuple[Row, dict[str, Future[str]]]"
