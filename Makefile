@@ -30,6 +30,9 @@ bench: $(VENV)/bench.stamp ## time the op into out/bench, with machine and commi
 	mkdir -p out/bench
 	$(BIN)/python benchmarks/bench_op.py --json out/bench/op.json
 
+docs: $(VENV)/docs.stamp ## the documentation into out/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir out/docs
+
 clean: ## remove what was built; .venv keeps its packages
 	rm -rf build dist out *.egg-info gradcampp_ext/*.so gradcampp_ext/_build_info.json
 	rm -f $(VENV)/*.stamp
@@ -44,5 +47,5 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_SOURCES)
 	$(INSTALL) --no-build-isolation -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test check build bench clean
+.PHONY: help demo test check build bench docs clean
 .PRECIOUS: $(VENV)/%.stamp

@@ -45,15 +45,30 @@ def result(name: str) -> Report:
 
 def accuracy() -> str:
     """Errors at the gradients' own scale and at others."""
-    report = result("accuracy")
-    exponents = (-4, -2, 0, 2, 4)
-    head = " | ".join("as they are" if e == 0 else f"x 10^{e}" for e in exponents)
-    lines = [f"| layer | contender | {head} |", f"| --- | --- |{' ---: |' * len(exponents)}"]
-    for title, layer in report["layers"].items():
+    exponents = {-4: "x 10⁻⁴", -2: "x 10⁻²", 0: "as they are", 2: "x 10²", 4: "x 10⁴"}
+    names = {
+        "behind a ReLU": {
+            "gradcampp_ext": "gradcampp_ext",
+            "pytorch-grad-cam": "pytorch-grad-cam",
+            "torchcam": "torchcam",
+        },
+        "signed": {
+            "gradcampp_ext, rectify=False": "gradcampp_ext, `rectify=False`",
+            "pytorch-grad-cam": "pytorch-grad-cam",
+            "torchcam": "torchcam",
+            "gradcampp_ext, against the rectified formula": "gradcampp_ext, rectified, "
+            "against the rectified formula",
+        },
+    }
+    lines = [
+        f"| layer | gradients | {' | '.join(exponents.values())} |",
+        f"| --- | --- |{' ---: |' * len(exponents)}",
+    ]
+    for title, layer in result("accuracy")["layers"].items():
         by_exponent = {row["exponent"]: row["errors"] for row in layer["rows"]}
-        for name in by_exponent[0]:
-            cells = " | ".join(f"{by_exponent[e][name]:.1g}" for e in exponents)
-            lines.append(f"| {title} | {name} | {cells} |")
+        for name, shown in names[title].items():
+            cells = " | ".join(f"{by_exponent[e][name]:.0e}" for e in exponents)
+            lines.append(f"| {title} | {shown} | {cells} |")
     return "\n".join(lines)
 
 
@@ -102,6 +117,7 @@ def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) ->
     mpl.use("Agg")
     mpl.rcParams.update(
         {
+            "svg.fonttype": "none",
             "svg.hashsalt": "gradcampp_ext",
             "font.size": 9,
             "axes.spines.top": False,
