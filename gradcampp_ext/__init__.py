@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradcampp_ext.methods import METHODS as METHODS
     from gradcampp_ext.ops import cam as cam
     from gradcampp_ext.ops import channel_weights as channel_weights
+    from gradcampp_ext.smooth import PowerSums as PowerSums
     from gradcampp_ext.variations import Augment as Augment
     from gradcampp_ext.variations import Smooth as Smooth
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Explanation": "explainer",
     "METHODS": "methods",
     "CaptureError": "capture",
+    "PowerSums": "smooth",
     "Smooth": "variations",
     "Augment": "variations",
     "export_explainer": "export",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from itertools import chain
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -15,7 +15,9 @@ from torch import nn
 from gradcampp_ext import head, layers, methods
 from gradcampp_ext.capture import Capture, Site, inference
 from gradcampp_ext.ops import cam
+from gradcampp_ext.smooth import PowerSums
 from gradcampp_ext.targets import Output, Scores, Target, Targets, resolve, select
+from gradcampp_ext.variations import Smooth
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +107,12 @@ class _Run:
     scores: Scores
     image_size: tuple[int, ...]
 
+    def pixels(self, size: Size) -> Sequence[int] | None:
+        """A size of maps as the op takes it."""
+        if isinstance(size, str) and size != "feature":
+            raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
+        return None if size == "feature" else self.image_size if size is None else size
+
     @property
     def activations(self) -> list[Tensor]:
         """[N, C, *S] a layer."""
@@ -169,6 +177,7 @@ class Explainer:
         fuse: of several layers, the "mean" or "max" of their maps; None keeps them apart.
         average: variations of the images whose maps are averaged, ``Smooth(...)`` (noise) or
             ``Augment(...)`` (flips, intensities). Scores and classes are those of the images.
+            ``Smooth(powers=True)`` averages powers of gradients instead: Smooth Grad-CAM++.
         head: "auto" reads the gradients of classes from the weights where the head is a mean over
             space and one linear layer: no backward pass runs. The head is recognised in autograd's
             graph, and the first such gradients are compared with autograd's (a hook may change
@@ -204,6 +213,11 @@ class Explainer:
             raise ValueError(f"head must be 'auto' or 'autograd', got {head!r}")
         if activation not in ("softmax", "sigmoid"):
             raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}")
+        if isinstance(average, Smooth) and average.powers and method != "gradcampp":
+            raise ValueError(
+                "average=Smooth(powers=True) is Smooth Grad-CAM++ and needs method 'gradcampp', "
+                f"got {method!r}; powers=False averages the maps of any method"
+            )
         self.model = _explainable(model)
         self.method = methods.get(method).name
         self._several = not isinstance(target_layer, (str, nn.Module, NoneType))
@@ -214,17 +228,15 @@ class Explainer:
         self._average = average
         self._activation = activation
         self._by_weights = None if head == "auto" else False  # None: not yet compared
-        self._cam = partial(
-            cam,
-            method=method,
-            normalize=normalize,
-            interpolation=interpolation,
-            relu=relu,
-            rectify=rectify,
-            eps=eps,
-            temperature=temperature,
-        )
-        self._cam(torch.ones(1, 1, 1), torch.ones(1, 1, 1))  # the op checks its options
+        self._options: dict[str, Any] = {
+            "normalize": normalize,
+            "interpolation": interpolation,
+            "relu": relu,
+            "rectify": rectify,
+            "eps": eps,
+        }
+        self._temperature = temperature
+        self._cam(torch.ones(1, 1, 1), torch.ones(1, 1, 1), None)  # the op checks its options
         self._layouts: dict[tuple[Any, ...], Layout] = {}
 
     def __call__(
@@ -250,9 +262,11 @@ class Explainer:
         with inference(self.model):
             args, kwargs = arguments(images)
             sites = self._located(args, kwargs)
-            if self._average is None:
+            powers = isinstance(self._average, Smooth) and self._average.powers
+            if self._average is None or powers:
                 run = self._run(sites, args, kwargs, targets, topk)
-                scores, maps = run.scores, self._maps(run, size)
+                scores = run.scores
+                maps = self._smoothed(run, args, kwargs, size) if powers else self._maps(run, size)
             else:
                 output = select(self.model(*args, **kwargs), self.output)
                 scores = self._scores(output, targets, topk, len(layers.image_of(args, kwargs)))
@@ -287,8 +301,7 @@ class Explainer:
         with inference(self.model):
             args, kwargs = arguments(images)
             run = self._run(self._located(args, kwargs), args, kwargs, targets, topk)
-            chunks = zip(*self._gradients(run), strict=True)
-            gradients = [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in chunks]
+            gradients = self._all_gradients(run)
         scores = replace(run.scores, values=run.scores.values.detach())
         names = tuple(site.name for site in run.capture.sites)
         return Captured(run.activations, gradients, scores, names)
@@ -348,16 +361,37 @@ class Explainer:
         else:
             yield from run.gradients()
 
+    def _all_gradients(self, run: _Run) -> list[Tensor]:
+        """[N, K, C, *S] a layer, of all targets."""
+        layers_ = zip(*self._gradients(run), strict=True)
+        return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in layers_]
+
+    def _cam(self, a: Tensor, g: Tensor, size: Sequence[int] | None) -> Tensor:
+        options = self._options
+        return cam(a, g, method=self.method, size=size, temperature=self._temperature, **options)
+
     def _maps(self, run: _Run, size: Size) -> Tensor:
         """Maps [N, K, *size], or [N, K, L, *size] of layers kept apart."""
-        if isinstance(size, str) and size != "feature":
-            raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
-        pixels = None if size == "feature" else run.image_size if size is None else size
+        pixels = run.pixels(size)
         chunks = []
         for gradients in self._gradients(run):
             pairs = zip(run.activations, gradients, strict=True)
-            chunks.append(self._fused([self._cam(a, g, size=pixels) for a, g in pairs]))
+            chunks.append(self._fused([self._cam(a, g, pixels) for a, g in pairs]))
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
+
+    def _smoothed(self, run: _Run, args: Args, kwargs: Kwargs, size: Size) -> Tensor:
+        """Smooth Grad-CAM++ of what ``run`` explains."""
+        noise = self._average
+        assert noise is not None
+        sums = [PowerSums(activations) for activations in run.activations]
+        for batch in noise.batches(args, kwargs, layers.image_of(args, kwargs)):
+            noisy = self._run(
+                run.capture.sites, batch.args, batch.kwargs, batch.targets(run.scores.targets)
+            )
+            for each, gradients in zip(sums, self._all_gradients(noisy), strict=True):
+                each.add(gradients)
+        pixels = run.pixels(size)
+        return self._fused([each.cam(size=pixels, **self._options) for each in sums])
 
     def _averaged(
         self,

@@ -26,6 +26,11 @@ _LIBRARY.define(
     "overlay(Tensor images, Tensor maps, Tensor table, float image_weight, "
     "float heatmap_weight) -> Tensor"
 )
+_LIBRARY.define("add_powers(Tensor(a!) sums, Tensor gradients) -> ()")
+_LIBRARY.define(
+    "power_weights(Tensor activations, Tensor sums, SymInt copies, bool rectify, float eps) "
+    "-> Tensor"
+)
 _LIBRARY.define("cpu_capability() -> str")
 _LIBRARY.define("cpu_capabilities() -> str")
 _native.load()
@@ -66,6 +71,18 @@ def _overlay_fake(
     images: Tensor, maps: Tensor, table: Tensor, image_weight: float, heatmap_weight: float
 ) -> Tensor:
     return images.new_empty((*maps.shape, 3), dtype=torch.uint8)
+
+
+@torch.library.register_fake("gradcampp_ext::add_powers")
+def _add_powers_fake(sums: Tensor, gradients: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("gradcampp_ext::power_weights")
+def _power_weights_fake(
+    activations: Tensor, sums: Tensor, copies: int, rectify: bool, eps: float
+) -> Tensor:
+    return activations.new_empty(sums.shape[1:4], dtype=_map_dtype(activations))
 
 
 def cam(
@@ -122,7 +139,7 @@ def cam(
         ValueError: shapes, devices or options do not fit; the message names the likely cause.
     """
     row = methods.get(method)
-    single, gradients = _check_pair(activations, gradients)
+    single, gradients = check_pair(activations, gradients)
     checks.options(normalize, interpolation)
     maps: Tensor = torch.ops.gradcampp_ext.cam(
         activations.detach(),
@@ -161,7 +178,7 @@ def channel_weights(
         TypeError, ValueError: as :func:`cam`; ValueError for a method without channel weights.
     """
     row = checks.channelwise(method)
-    single, gradients = _check_pair(activations, gradients)
+    single, gradients = check_pair(activations, gradients)
     weights: Tensor = torch.ops.gradcampp_ext.channel_weights(
         activations.detach(),
         gradients.detach(),
@@ -180,7 +197,7 @@ def _map_dtype(activations: Tensor) -> torch.dtype:
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _check_pair(activations: Tensor, gradients: Tensor) -> tuple[bool, Tensor]:
+def check_pair(activations: Tensor, gradients: Tensor) -> tuple[bool, Tensor]:
     """Whether there is no dimension for targets, and the gradients with one."""
     for name, value in (("activations", activations), ("gradients", gradients)):
         if not isinstance(value, Tensor):

@@ -123,6 +123,26 @@ def cam(
     return maps[:, 0] if single else maps
 
 
+def smooth_weights(
+    activations: Tensor, gradients: Tensor, *, rectify: bool = True, eps: float = 0.0
+) -> Tensor:
+    """Channel weights of Smooth Grad-CAM++ (arXiv:1908.01224) in float64, [N, C] or [N, K, C].
+
+    Gradients are those of M noisy copies, [M, N, C, *S] or [M, N, K, C, *S]; activations are the
+    images' own. Eq. 19 of Grad-CAM++ with means over the copies in place of derivatives.
+    """
+    a, g, _, single = _prepare(activations, gradients[0], "gradcampp", rectify, eps)
+    space = tuple(range(3, g.dim()))
+    copies = gradients.double().reshape(len(gradients), *g.shape)
+    first, second, third = (copies.pow(power).mean(0) for power in (1, 2, 3))
+    if rectify:
+        third = third.relu()
+    denominator = 2 * second + a.sum(space, keepdim=True) * third + eps
+    alphas = torch.where(denominator == 0, 0.0, second / denominator)
+    w = (alphas * first.relu()).sum(space)
+    return w[:, 0] if single else w
+
+
 def _normalized(maps: Tensor, how: str | None) -> Tensor:
     if how is None:
         return maps

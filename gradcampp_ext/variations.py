@@ -100,19 +100,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Smooth(Variations):
-    """Gaussian noise, as in SmoothGrad, arXiv:1706.03825.
+    """Gaussian noise: maps averaged as in SmoothGrad (arXiv:1706.03825), or Smooth Grad-CAM++.
 
     Attributes:
         samples: how many noisy copies of each image are averaged.
         std: of the noise, as a share of each image's range (max - min).
         seed: the same seed gives the same noise, on every device and in every batch.
         together: how many copies go through the model in one batch.
+        powers: False averages the maps of the copies, of any method. True is Smooth Grad-CAM++
+            (arXiv:1908.01224), of "gradcampp" alone: the first three powers of the copies'
+            gradients are averaged, and make one map with the activations of the images
+            themselves; ``gradcampp_ext.PowerSums`` has the formula.
     """
 
     samples: int = 16
     std: float = 0.15
     seed: int = 0
     together: int = 4
+    powers: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.together < 1:

@@ -266,6 +266,49 @@ def test_overlay(emulator, kind):
     assert (actual[0, 0, 4].double() - index_of_nan).abs().max() <= 0.5 + 1e-3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_smooth_gradcampp(emulator, dtype, layout):
+    for seed, (shape, targets) in enumerate(
+        [((2, 21, 5, 7), 2), ((1, 40, 33), 1), ((2, 9, 2, 3, 4), 3), ((1, 3, 20, 20), 1)]
+    ):
+        a, _ = make_pair(shape, dtype=dtype, layout=layout, seed=seed)
+        _, g = make_pair(
+            (5 * shape[0], *shape[1:]), targets=targets, dtype=dtype, layout=layout, seed=seed
+        )
+        copies = g.unflatten(0, (5, shape[0]))
+        one = copies[0].double()  # without gaps, in one of the orders of memory
+        sums = torch.stack([torch.zeros_like(one)] * 3)
+        for part in (copies[:3], copies[3:]):
+            sums = emulator.add_powers(sums, part, seed=seed)
+        expected = torch.stack([copies.double().pow(power).sum(0) for power in (1, 2, 3)])
+        torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-15)
+        for rectify, eps in ((True, 0.0), (False, 1e-6)):
+            options = {"rectify": rectify, "eps": eps}
+            actual = emulator.power_weights(a, sums, 5, seed=seed, **options)
+            weights = reference.smooth_weights(a, copies, **options)
+            assert error(actual, weights) <= (1e-12 if dtype == torch.float64 else 2e-7)
+
+
+def test_smooth_gradcampp_of_expanded_sums_and_bad_values(emulator):
+    a, _ = make_pair((2, 20, 6, 5))
+    g = torch.randn(3, 2, 4, 20, 1, 1) / 30
+    sums = emulator.add_powers(torch.zeros(3, *g.shape[1:], dtype=torch.float64), g)
+    spread = g.expand(-1, -1, -1, -1, 6, 5)
+    actual = emulator.power_weights(a, sums.expand(3, *spread.shape[1:]), 3)
+    assert error(actual, reference.smooth_weights(a, spread)) <= 2e-7
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoilt = g.clone()
+        spoilt[1, 1, 2, 7] = bad
+        sums = emulator.add_powers(torch.zeros(3, *g.shape[1:], dtype=torch.float64), spoilt)
+        weights = emulator.power_weights(a, sums.expand(3, *spread.shape[1:]), 3)
+        assert weights.isnan().nonzero().tolist() == [[1, 2, 7]]
+        other = a.clone()
+        other[0, 3, 1, 1] = bad
+        weights = emulator.power_weights(other, sums.expand(3, *spread.shape[1:]), 3)
+        assert weights[0, :, 3].isnan().all()
+
+
 FUSED, BLOCK, FINISH = "cuda/fused.cuh", "cuda/block.cuh", "cuda/finish.cuh"
 # One change to the kernels each, that a GPU might let pass: the tests above have to notice.
 CHANGES = {

@@ -1,5 +1,6 @@
 // The op for CPU tensors, over the LibTorch stable ABI. gradcampp_ext/ops.py holds the schemas.
 #include "bindings/arguments.h"
+#include "bindings/powers.h"
 #include "cpu/kernels.h"
 
 namespace gradcampp {
@@ -72,6 +73,23 @@ Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, do
   return output;
 }
 
+void add_powers(const Tensor& sums, const Tensor& gradients) {
+  const AddPowersArguments args = make_add_powers_arguments(sums, gradients);
+  if (gradients.numel() != 0) kernels().add_powers(args, torch_threads());
+}
+
+Tensor power_weights(const Tensor& activations, const Tensor& sums, int64_t copies, bool rectify,
+                     double eps) {
+  PowerWeightsArguments args =
+      make_power_weights_arguments(activations, sums, copies, rectify, eps);
+  Tensor weights = torch::stable::new_empty(
+      activations, {args.samples, args.targets, args.channels}, map_dtype(activations));
+  if (weights.numel() == 0) return weights;
+  args.weights = weights.mutable_data_ptr();
+  kernels().power_weights(args, torch_threads());
+  return weights;
+}
+
 std::string cpu_capability() { return kernels().name; }
 std::string cpu_capabilities() { return cpu_kernels_available(); }
 
@@ -82,6 +100,8 @@ STABLE_TORCH_LIBRARY_IMPL(gradcampp_ext, CPU, m) {
   m.impl("cam", TORCH_BOX(&gradcampp::cam));
   m.impl("channel_weights", TORCH_BOX(&gradcampp::channel_weights));
   m.impl("overlay", TORCH_BOX(&gradcampp::overlay));
+  m.impl("add_powers", TORCH_BOX(&gradcampp::add_powers));
+  m.impl("power_weights", TORCH_BOX(&gradcampp::power_weights));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gradcampp_ext, CompositeExplicitAutograd, m) {

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "bindings/arguments.h"
+#include "bindings/powers.h"
 #include "cuda/kernels.h"
 
 namespace gradcampp {
@@ -86,6 +87,27 @@ Tensor overlay_cuda(const Tensor& images, const Tensor& maps, const Tensor& tabl
   return output;
 }
 
+void add_powers_cuda(const Tensor& sums, const Tensor& gradients) {
+  check_device(gradients, sums, "gradients must be on the device of sums");
+  const AddPowersArguments args = make_add_powers_arguments(sums, gradients);
+  const DeviceGuard guard(sums.get_device_index());
+  if (gradients.numel() != 0) STD_CUDA_CHECK(add_powers(args, current_stream(sums)));
+}
+
+Tensor power_weights_cuda(const Tensor& activations, const Tensor& sums, int64_t copies,
+                          bool rectify, double eps) {
+  check_device(sums, activations, "sums must be on the device of activations");
+  PowerWeightsArguments args =
+      make_power_weights_arguments(activations, sums, copies, rectify, eps);
+  const DeviceGuard guard(activations.get_device_index());
+  Tensor weights = torch::stable::new_empty(
+      activations, {args.samples, args.targets, args.channels}, map_dtype(activations));
+  if (weights.numel() == 0) return weights;
+  args.weights = weights.mutable_data_ptr();
+  STD_CUDA_CHECK(power_weights(args, current_stream(activations)));
+  return weights;
+}
+
 }  // namespace
 }  // namespace gradcampp
 
@@ -93,4 +115,6 @@ STABLE_TORCH_LIBRARY_IMPL(gradcampp_ext, CUDA, m) {
   m.impl("cam", TORCH_BOX(&gradcampp::cam_cuda));
   m.impl("channel_weights", TORCH_BOX(&gradcampp::channel_weights_cuda));
   m.impl("overlay", TORCH_BOX(&gradcampp::overlay_cuda));
+  m.impl("add_powers", TORCH_BOX(&gradcampp::add_powers_cuda));
+  m.impl("power_weights", TORCH_BOX(&gradcampp::power_weights_cuda));
 }

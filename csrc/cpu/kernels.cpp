@@ -7,6 +7,7 @@
 
 #include "cpu/finish.h"
 #include "cpu/overlay.h"
+#include "cpu/powers.h"
 #include "cpu/steps.h"
 #include "cpu/view.h"
 
@@ -512,6 +513,6 @@ bool cam(const CamArguments& args, const Parallel& parallel) {
 extern const CpuKernels kKernels;
 #define GCPP_STRING_(x) #x
 #define GCPP_STRING(x) GCPP_STRING_(x)
-const CpuKernels kKernels = {GCPP_STRING(GCPP_TARGET), cam, overlay};
+const CpuKernels kKernels = {GCPP_STRING(GCPP_TARGET), cam, overlay, add_powers, power_weights};
 
 }  // namespace gradcampp::GCPP_TARGET

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cam.h"
+#include "power_sums.h"
 
 namespace gradcampp {
 
@@ -21,6 +22,8 @@ struct CpuKernels {
   const char* name;
   bool (*cam)(const CamArguments&, const Parallel&);
   void (*overlay)(const OverlayArguments&, const Parallel&);
+  void (*add_powers)(const AddPowersArguments&, const Parallel&);
+  void (*power_weights)(const PowerWeightsArguments&, const Parallel&);
 };
 
 // The fastest build that this machine runs, or the one that the environment variable

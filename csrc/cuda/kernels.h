@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cam.h"
+#include "power_sums.h"
 
 namespace gradcampp {
 
@@ -18,5 +19,8 @@ cudaError_t workspace_bytes(const CamArguments& arguments, int64_t* bytes);
 cudaError_t cam(const CamArguments& arguments, void* workspace, cudaStream_t stream);
 
 cudaError_t overlay(const OverlayArguments& arguments, cudaStream_t stream);
+
+cudaError_t add_powers(const AddPowersArguments& arguments, cudaStream_t stream);
+cudaError_t power_weights(const PowerWeightsArguments& arguments, cudaStream_t stream);
 
 }  // namespace gradcampp

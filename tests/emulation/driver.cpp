@@ -177,9 +177,68 @@ void run_overlay() {
   output.send();
 }
 
+void many(int64_t* to, int count) {
+  for (int i = 0; i < count; ++i) to[i] = number();
+}
+
+// The sums come in, and go out added to, as one piece of memory.
+void run_add_powers() {
+  gradcampp::AddPowersArguments args{};
+  args.dtype = static_cast<gradcampp::ScalarType>(number());
+  args.copies = number();
+  many(args.size, args.kDims);
+  args.gradient_copy = number();
+  many(args.gradient, args.kDims);
+  args.sum_power = number();
+  many(args.sum, args.kDims);
+  const int64_t gradient_offset = number();
+  const Storage sums, gradients;
+  args.gradients = gradients.at<void>(gradient_offset);
+  const int64_t bytes = gradcampp::kPowers * args.elements() * 8;
+  const Result output(bytes);
+  std::memcpy(output.data(), sums.at<void>(0), static_cast<size_t>(bytes));
+  args.sums = static_cast<double*>(output.data());
+  put(gradcampp::add_powers(args, nullptr));
+  put(0);
+  put(emulation::launches);
+  output.send();
+}
+
+void run_power_weights() {
+  gradcampp::PowerWeightsArguments args{};
+  args.dtype = static_cast<gradcampp::ScalarType>(number());
+  args.samples = number();
+  args.targets = number();
+  args.channels = number();
+  strides(args.space);
+  args.activation_sample = number();
+  args.activation_channel = number();
+  strides(args.activation_space);
+  args.sum_power = number();
+  args.sum_sample = number();
+  args.sum_target = number();
+  args.sum_channel = number();
+  strides(args.sum_space);
+  args.copies = real();
+  args.rectify = number() != 0;
+  args.eps = real();
+  const int64_t activation_offset = number(), sum_offset = number();
+  const Storage activations, sums;
+  args.activations = activations.at<void>(activation_offset);
+  args.sums = sums.at<double>(sum_offset);
+  const Result output(args.samples * args.targets * args.channels *
+                      (args.dtype == gradcampp::ScalarType::kDouble ? 8 : 4));
+  args.weights = output.data();
+  put(gradcampp::power_weights(args, nullptr));
+  put(0);
+  put(emulation::launches);
+  output.send();
+}
+
 }  // namespace
 
 int main() {
+  void (*const run[])() = {run_cam, run_overlay, run_add_powers, run_power_weights};
   for (;;) {
     const int64_t op = number();
     emulation::seed = static_cast<uint64_t>(number());
@@ -187,6 +246,6 @@ int main() {
     emulation::device.shared_per_block = static_cast<int>(number());
     emulation::device.shared_per_processor = static_cast<int>(number());
     emulation::launches = 0;
-    op == 0 ? run_cam() : run_overlay();
+    run[op]();
   }
 }

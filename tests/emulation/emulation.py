@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,48 @@ class Emulator:
             *(x.storage_offset() * x.element_size() for x in (images, maps)),
         ]
         return self._call(_pack(request), [images, maps, table], (n, h, w, 3), torch.uint8)
+
+    def add_powers(self, sums: Tensor, gradients: Tensor, seed: int = 1) -> Tensor:
+        """Sums [3, N, K, C, *S], without gaps in memory, after ``gradients`` [M, N, K, C, *S]."""
+        pad = [1] * (7 - sums.dim())
+
+        def dims(values: Sequence[int]) -> list[int]:
+            return [*values[1:4], *pad, *values[4:]]
+
+        request = [
+            *(2, seed, 4, 65536, 131072, DTYPES.index(gradients.dtype), len(gradients)),
+            *dims(sums.shape),
+            *(gradients.stride(0), *dims(gradients.stride())),
+            *(sums.stride(0), *dims(sums.stride())),
+            gradients.storage_offset() * gradients.element_size(),
+        ]
+        memory = self._call(_pack(request), [sums, gradients], (sums.numel(),), torch.float64)
+        return memory.as_strided(sums.shape, sums.stride())
+
+    def power_weights(
+        self,
+        activations: Tensor,
+        sums: Tensor,
+        copies: int,
+        *,
+        rectify: bool = True,
+        eps: float = 0.0,
+        seed: int = 1,
+    ) -> Tensor:
+        space = activations.shape[2:]
+        pad = 3 - len(space)
+        request = [
+            *(3, seed, 4, 65536, 131072, DTYPES.index(activations.dtype), *sums.shape[1:4]),
+            *([1] * pad + list(space)),
+            *activations.stride()[:2],
+            *([0] * pad + list(activations.stride()[2:])),
+            *sums.stride()[:4],
+            *([0] * pad + list(sums.stride()[4:])),
+            *(float(copies), rectify, float(eps)),
+            *(x.storage_offset() * x.element_size() for x in (activations, sums)),
+        ]
+        dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32
+        return self._call(_pack(request), [activations, sums], tuple(sums.shape[1:4]), dtype)
 
     def close(self) -> None:
         if self._process is not None:
