@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from gradcampp_ext.batch.decode import DecodeError
 from gradcampp_ext.batch.engine import EngineError, Options
+from gradcampp_ext.batch.mapset import MapSet
 from gradcampp_ext.batch.pipeline import Summary, run
 from gradcampp_ext.batch.progress import JsonLines, Lines, Progress
 from gradcampp_ext.batch.record import RecordError
 from gradcampp_ext.batch.sinks import Maps, Overlays, Rendered, Sink
 from gradcampp_ext.batch.sources import Dataset, Files, Item, Source, SourceError, Stream
+from gradcampp_ext.batch.table import ResultsTable
 
 __all__ = [
     "Dataset",
@@ -25,12 +27,14 @@ __all__ = [
     "Item",
     "JsonLines",
     "Lines",
+    "MapSet",
     "Maps",
     "Options",
     "Overlays",
     "Progress",
     "RecordError",
     "Rendered",
+    "ResultsTable",
     "Sink",
     "Source",
     "SourceError",

@@ -46,9 +46,12 @@ class Parts(ABC):
         self._dtype = np.dtype(np.float32)
         self._tail: IO[bytes] | None = None
         self._recorded: Iterator[Row] | None = None  # rows from the tail's first one on
-        if record.lines:
-            with record.writing():
+        with record.writing():
+            if record.lines:
                 self._take_up(record.lines)
+            elif self.folder.exists():  # by a run that was killed before anything was recorded
+                (self.folder / _TAIL).unlink(missing_ok=True)
+                self.drop(0)
 
     @abstractmethod
     def save(self, index: int, rows: Sequence[Row], values: npt.NDArray[Any]) -> None:
