@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,12 +21,21 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from gradcampp_ext.batch import Files, Progress, Sink
+    from gradcampp_ext.batch import Progress, Sink, Source
     from gradcampp_ext.models import LoadedModel
 
 FAILED, UNUSABLE = 1, 2  # exit codes: pictures were skipped; an error stopped the command
 
 _PICTURES, _OUTPUTS, _RUN = "Pictures and classes", "Outputs", "Run"  # panels of the help
+
+
+class MapFormat(str, Enum):
+    """typer takes no list of literals."""
+
+    NPY = "npy"
+    PARQUET = "parquet"
+    ZARR = "zarr"
+
 
 app = typer.Typer(
     help="Grad-CAM++ and its family: what in a picture speaks for a class.",
@@ -64,8 +74,9 @@ def explain(
         list[str],
         typer.Argument(
             metavar="PATH...",
-            help="Pictures, folders (with all below), globs, or .csv and .jsonl lists with a "
-            "column path.",
+            help="Pictures, folders (with all below), globs; .csv, .jsonl and .parquet lists with "
+            "a column path; .parquet files of pictures; WebDataset shards, a-{000..127}.tar; "
+            "hf:NAME@SPLIT or hf-stream:NAME@SPLIT, a Hugging Face data set.",
         ),
     ],
     out: Annotated[
@@ -122,8 +133,9 @@ def explain(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="CSV or JSONL of true classes: path (relative to the file) and class_index, "
-            "label, class_name or wordnet_id. Without it a folder called like a class is a label.",
+            help="CSV, JSONL or Parquet of true classes: path (relative to the file) and "
+            "class_index, label, class_name or wordnet_id. Without it a folder called like a class "
+            "is a label.",
             rich_help_panel=_PICTURES,
         ),
     ] = None,
@@ -151,10 +163,28 @@ def explain(
     maps: Annotated[
         Literal["image", "feature", "none"],
         typer.Option(
-            help="Raw maps (.npy) as large as the overlays, or as the layer's.",
-            rich_help_panel=_OUTPUTS,
+            help="Raw maps as large as the overlays, or as the layer's.", rich_help_panel=_OUTPUTS
         ),
     ] = "image",
+    maps_as: Annotated[
+        list[MapFormat] | None,
+        typer.Option(
+            help="A file a map (npy, the default), or one data set, maps.parquet or maps.zarr. "
+            "Repeat it for several.",
+            show_default=False,
+            rich_help_panel=_OUTPUTS,
+        ),
+    ] = None,
+    maps_dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="Of raw maps.", rich_help_panel=_OUTPUTS),
+    ] = "float32",
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table", help="Also results.parquet, from results.jsonl.", rich_help_panel=_OUTPUTS
+        ),
+    ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)
     ] = "auto",
@@ -190,7 +220,7 @@ def explain(
         ),
     ] = False,
 ) -> None:
-    """Explain pictures: overlays, raw maps and results.jsonl in DIR.
+    """Explain pictures: overlays, raw maps and results in DIR.
 
     They show what the network saw, the part that its preprocessing keeps;
     results.jsonl says where that is: view, in pixels of the picture.
@@ -212,7 +242,13 @@ def explain(
         if overlays != "none":
             sinks.append(batch.Overlays(overlays, colormap, image_weight, heatmap_weight))
         if maps != "none":
-            sinks.append(batch.Maps(maps))
+            for form in dict.fromkeys(maps_as or [MapFormat.NPY]):
+                if form is MapFormat.NPY:
+                    sinks.append(batch.Maps(maps, maps_dtype))
+                else:
+                    sinks.append(batch.MapSet(form.value, maps, maps_dtype))
+        if table:
+            sinks.append(batch.ResultsTable())
         progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
         options = batch.Options(
             method=method,
@@ -313,18 +349,24 @@ def _load(model: str, weights: str | None, class_names: Path | None) -> LoadedMo
     return loaded
 
 
-def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedModel) -> Files:
-    from gradcampp_ext.batch import Files, SourceError
+def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedModel) -> Source:
+    from gradcampp_ext.batch import Files, SourceError, hub
+    from gradcampp_ext.batch.items import length
     from gradcampp_ext.batch.sources import label_key, read_labels
 
+    if any(path.startswith(hub.SCHEMES) for path in paths):
+        if len(paths) > 1 or labels is not None:
+            raise SourceError("a Hugging Face data set stands alone, and has its own labels")
+        return hub.load(paths[0], loaded.classes)
     true = None if labels is None else read_labels(labels)
     source = Files(
         paths,
         leave_out=out,
         labels=true,
         folder_label=loaded.classes.known if labels is None else None,
+        classes=loaded.classes,
     )
-    if len(source) == 0:
+    if length(source) == 0:
         raise SourceError(f"no pictures in {', '.join(paths)}")
     if true is not None and not any(label_key(item.path) in true for item in source):
         raise SourceError(

@@ -190,6 +190,25 @@ def test_target_top_k_size_recipe_and_formats():
     assert (top, bottom) == pytest.approx((-15, 75), abs=0.5)
 
 
+def test_data_sets_of_maps_and_a_table():
+    pq = pytest.importorskip("pyarrow.parquet")
+    zarr = pytest.importorskip("zarr")
+    for name in ("in/a.png", "in/b.png"):
+        picture(name)
+    explain("in", "--out", "out", "--maps-as", "zarr", "--maps-as", "parquet", "--table",
+            "--maps-dtype", "float16", "--maps", "feature", "--overlays", "none",
+            "--target-layer", "0", "--target-layer", "2:input")  # fmt: skip
+    (maps,) = [array for name, array in zarr.open_group("out/maps.zarr").arrays() if name == "map"]
+    assert (maps.shape, maps.dtype) == ((4, 7, 7), np.float16)
+    assert pq.read_table("out/maps.parquet").num_rows == 4
+    assert pq.read_table("out/results.parquet").column("layer").to_pylist() == ["0", "2:input"] * 2
+    assert not Path("out/maps").exists()
+    explain("in", "--out", "both", "--maps-as", "npy", "--maps-as", "parquet")
+    assert np.load("both/maps/a.npy").dtype == np.float32
+    _, err = explain("in", "--out", "both", code=2)
+    assert "maps_parquet was" in err
+
+
 def test_weights_of_overlays():
     picture("a.png")
     options = ("--overlays", "png", "--colormap", "gray")

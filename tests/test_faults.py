@@ -77,7 +77,9 @@ def whole(pictures, tmp_path_factory) -> dict[str, bytes]:
 
 # Runs of their own start in a process that has imported everything and has run nothing.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload(
+    ["gradcampp_ext.batch", "hypothesis", "pyarrow.parquet", "pytest", "zarr"]
+)
 
 
 def child(pictures: Path, out: Path, workers: int, before: Callable[[], None] | None) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from gradcampp_ext.batch.decode import DecodeError
 from gradcampp_ext.batch.engine import EngineError, Options
+from gradcampp_ext.batch.hub import HuggingFace
+from gradcampp_ext.batch.items import Item, Source, SourceError
 from gradcampp_ext.batch.mapset import MapSet
 from gradcampp_ext.batch.pipeline import Summary, run
 from gradcampp_ext.batch.progress import JsonLines, Lines, Progress
 from gradcampp_ext.batch.record import RecordError
 from gradcampp_ext.batch.sinks import Maps, Overlays, Rendered, Sink
-from gradcampp_ext.batch.sources import Dataset, Files, Item, Source, SourceError, Stream
+from gradcampp_ext.batch.sources import Dataset, Files, Stream
 from gradcampp_ext.batch.table import ResultsTable
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "DecodeError",
     "EngineError",
     "Files",
+    "HuggingFace",
     "Item",
     "JsonLines",
     "Lines",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from gradcampp_ext.imaging import Box, ImageError, Pixels
 
 if TYPE_CHECKING:
-    from gradcampp_ext.batch.sources import Item, Source
+    from gradcampp_ext.batch.items import Item, Source
     from gradcampp_ext.models import LoadedModel
 
 Chunk = list[tuple["Item", str]]  # pictures of one batch, and what their outputs are called

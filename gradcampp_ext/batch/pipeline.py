@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradcampp_ext.batch.decode import Chunk, Decoder, Decoding, default_workers
 from gradcampp_ext.batch.engine import Engine, Options, by_picture
+from gradcampp_ext.batch.items import length
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
 from gradcampp_ext.batch.sinks import FileSink, SeriesSink, draw
@@ -24,8 +25,8 @@ from gradcampp_ext.batch.writer import Writer
 
 if TYPE_CHECKING:
     from gradcampp_ext.batch.engine import Row
+    from gradcampp_ext.batch.items import Source
     from gradcampp_ext.batch.sinks import Sink
-    from gradcampp_ext.batch.sources import Source
     from gradcampp_ext.models import LoadedModel
 
 
@@ -105,7 +106,7 @@ def run(
     tally = _Tally(progress)
     summary = tally.summary
     engine = Engine(model, options)
-    total = len(source) if isinstance(source, Sized) else None
+    total = length(source)
     workers = options.workers
     if workers is None:
         batches = None if total is None else -(-total // options.batch_size)

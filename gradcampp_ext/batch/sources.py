@@ -1,4 +1,4 @@
-"""Where pictures come from: files, folders and globs, manifests, data sets and other iterables."""
+"""Where pictures come from: what a command line names, torch data sets and other iterables."""
 
 from __future__ import annotations
 
@@ -7,68 +7,34 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradcampp_ext import imaging
+from gradcampp_ext.batch import parquet, shards
+from gradcampp_ext.batch.items import LABEL_COLUMNS, PATH_COLUMNS, SUFFIXES, Item, SourceError
 from gradcampp_ext.imaging import ImageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# fmt: off
-SUFFIXES = frozenset({
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-})
-# fmt: on
-MANIFESTS = frozenset({".csv", ".jsonl", ".ndjson"})
-PATH_COLUMNS = ("path", "file", "filename", "image")
-LABEL_COLUMNS = ("class_index", "label", "class_name", "wordnet_id")
+    from gradcampp_ext.models import Classes
 
-
-class SourceError(ValueError):
-    """A source that cannot be used as a whole; the text says why."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to explain.
-
-    Attributes:
-        path: what it is called in the results, and known by when a run is resumed.
-        name: what its outputs are called after: a relative path without suffix.
-        image: what the source's `read` takes; usually the path again.
-        label: true class: an index, a name or a WordNet id; None if it is not known.
-    """
-
-    path: str
-    name: str
-    image: Any
-    label: str | int | None = None
-
-
-class Source(Protocol):
-    """Pictures in a fixed order. `len`, where there is one, is shown as the total."""
-
-    def __iter__(self) -> Iterator[Item]:
-        """The pictures, without reading them; runs in the main process."""
-
-    @property
-    def read(self) -> Callable[[Item], Image.Image]:
-        """Gives upright RGB, or raises ImageError; it is sent to the worker processes."""
+MANIFESTS = frozenset({".csv", ".jsonl", ".ndjson", ".parquet"})
 
 
 class Files:
-    """Files, folders (with all below them), globs and manifests.
+    """Files, folders (with all below them), globs, manifests, Parquet files and tar shards.
 
     In folders, files with the suffix of a picture are taken, in the order of their names; hidden
-    ones are not. A file that is named is taken whatever it is called. A manifest is a .csv or
-    .jsonl file with a column "path", relative to the manifest's folder, and perhaps one of
-    "class_index", "label", "class_name" and "wordnet_id".
+    ones are not. A file that is named is taken whatever it is called. A manifest is a .csv,
+    .jsonl or .parquet file with a column "path", relative to the manifest's folder, and perhaps
+    one of "class_index", "label", "class_name" and "wordnet_id". A .parquet file may also hold
+    the pictures themselves, in a column of bytes or of {bytes, path}. A .tar file is a WebDataset
+    shard, with labels in .cls or .json; several are named by a glob or by {000..127}.
 
     Args:
         arguments: as on the command line.
@@ -76,6 +42,8 @@ class Files:
         labels: true classes by `label_key` of the path.
         folder_label: whether a folder's name is a class; pictures found in a folder argument then
             have the name of the folder they lie in as their label.
+        classes: the model's, which tell what the class labels of a Parquet file written by
+            Hugging Face's library mean.
     """
 
     def __init__(
@@ -85,11 +53,13 @@ class Files:
         leave_out: Path | None = None,
         labels: Mapping[str, str] | None = None,
         folder_label: Callable[[str], bool] | None = None,
+        classes: Classes | None = None,
     ) -> None:
         self._arguments = [os.fspath(argument) for argument in arguments]
         self._leave_out = None if leave_out is None else leave_out.resolve()
         self._labels = labels or {}
         self._folder_label = folder_label
+        self._classes = classes
         self._length: int | None = None
 
     def __iter__(self) -> Iterator[Item]:
@@ -99,26 +69,40 @@ class Files:
                 yield replace(item, label=label)
 
     def __len__(self) -> int:
+        if any(shards.is_shard(each) and shards.is_stream(each) for each in self._arguments):
+            raise TypeError("the number of pictures in a stream is not known")
         if self._length is None:
             self._length = sum(1 for _ in self)
         return self._length
 
     @staticmethod
     def read(item: Item) -> Image.Image:
-        return imaging.read(item.image)
+        return imaging.read(item.image() if callable(item.image) else item.image)
 
     def _expanded(self, argument: str) -> Iterator[Item]:
         path = Path(argument)
-        if path.is_dir():
-            yield from self._folder(argument)
-        elif path.suffix.lower() in MANIFESTS:
-            yield from _manifest(path)
+        if path.exists() or not glob.has_magic(argument):
+            for named in shards.expand(argument) if shards.is_shard(argument) else [argument]:
+                yield from self._named(named)
         elif glob.has_magic(argument) and not path.exists():
             found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute too
             if not found:
                 raise SourceError(f"nothing matches {argument!r}")
             for match in found:
-                yield from self._expanded(match) if Path(match).is_dir() else [_file(match)]
+                yield from self._named(match)
+
+    def _named(self, argument: str) -> Iterator[Item]:
+        path = Path(argument)
+        if path.is_dir():
+            yield from self._folder(argument)
+        elif shards.is_shard(argument):
+            yield from shards.items(argument)
+        elif path.suffix.lower() in MANIFESTS:
+            column = parquet.image_column(path) if path.suffix.lower() == ".parquet" else None
+            if column is None:
+                yield from _manifest(path)
+            else:
+                yield from parquet.items(path, column, self._classes)
         else:
             yield _file(argument)
 
@@ -196,7 +180,7 @@ class Stream:
 
 
 def read_labels(file: Path) -> dict[str, str]:
-    """True classes from a CSV or JSONL file, as `Files` takes them.
+    """True classes from a CSV, JSONL or Parquet file, as `Files` takes them.
 
     Raises:
         SourceError: the file cannot be read, or has no column of paths or of classes.
@@ -231,6 +215,9 @@ def _manifest(file: Path, *, labelled: bool = False) -> Iterator[Item]:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if file.suffix.lower() == ".parquet":
+        yield from enumerate(parquet.rows(file), 1)
+        return
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix.lower() == ".csv":

@@ -1,0 +1,59 @@
+"""One picture of a source, and the words that sources understand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# fmt: off
+SUFFIXES = frozenset({
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+PATH_COLUMNS = ("path", "file", "filename", "image")
+LABEL_COLUMNS = ("class_index", "label", "class_name", "wordnet_id")
+
+
+class SourceError(ValueError):
+    """A source that cannot be used as a whole; the text says why."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to explain.
+
+    Attributes:
+        path: what it is called in the results, and known by when a run is resumed.
+        name: what its outputs are called after: a relative path without suffix.
+        image: what the source's `read` takes; usually the path again.
+        label: true class: an index, a name or a WordNet id; None if it is not known.
+    """
+
+    path: str
+    name: str
+    image: Any
+    label: str | int | None = None
+
+
+class Source(Protocol):
+    """Pictures in a fixed order. `len`, where there is one, is shown as the total."""
+
+    def __iter__(self) -> Iterator[Item]:
+        """The pictures, without reading them; runs in the main process."""
+
+    @property
+    def read(self) -> Callable[[Item], Image.Image]:
+        """Gives upright RGB, or raises ImageError; it is sent to the worker processes."""
+
+
+def length(source: Source) -> int | None:
+    """Number of pictures; None where it is not known before all have been read."""
+    try:
+        return len(source)  # type: ignore[arg-type]
+    except TypeError:
+        return None
