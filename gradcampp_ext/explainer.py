@@ -105,7 +105,7 @@ class _Run:
     layouts: list[Layout]
     output: Any
     scores: Scores
-    image_size: tuple[int, ...]
+    image_size: list[int]
 
     def pixels(self, size: Size) -> Sequence[int] | None:
         """A size of maps as the op takes it."""
@@ -218,7 +218,7 @@ class Explainer:
                 "average=Smooth(powers=True) is Smooth Grad-CAM++ and needs method 'gradcampp', "
                 f"got {method!r}; powers=False averages the maps of any method"
             )
-        self.model = _explainable(model)
+        self.model = explainable(model)
         self.method = methods.get(method).name
         self._several = not isinstance(target_layer, (str, nn.Module, NoneType))
         self._sites = self._find(target_layer)
@@ -238,6 +238,7 @@ class Explainer:
         self._temperature = temperature
         self._cam(torch.ones(1, 1, 1), torch.ones(1, 1, 1), None)  # the op checks its options
         self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._image_sizes: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(
         self,
@@ -350,7 +351,9 @@ class Explainer:
                     self.model, site, activations.shape, args, kwargs, tokens=self._tokens
                 )
             layouts.append(self._layouts[key])
-        return _Run(capture, layouts, output, scores, tuple(image.shape[2:]))
+        if image.shape[1:] not in self._image_sizes:
+            self._image_sizes[image.shape[1:]] = layers.image_size(self.model, args, kwargs)
+        return _Run(capture, layouts, output, scores, self._image_sizes[image.shape[1:]])
 
     def _gradients(self, run: _Run) -> Iterator[list[Tensor]]:
         closed = None if self._by_weights is False else run.closed_form()
@@ -428,7 +431,7 @@ class Explainer:
         return stacked.mean(2) if self._fuse == "mean" else stacked.amax(2)
 
 
-def _explainable(model: nn.Module) -> nn.Module:
+def explainable(model: nn.Module) -> nn.Module:
     """The module to hook; errors for what has no hooks or no gradients."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

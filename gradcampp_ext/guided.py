@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradcampp_ext import layers
 from gradcampp_ext.capture import CaptureError, derivatives, inference
-from gradcampp_ext.explainer import Explainer, Explanation, Images, arguments
+from gradcampp_ext.explainer import Explainer, Explanation, Images, arguments, explainable
 from gradcampp_ext.targets import Output, Targets, resolve, select
 
 if TYPE_CHECKING:
@@ -49,7 +49,13 @@ def explain(
     """
     if rule not in ("guided", "deconvnet", "plain"):
         raise ValueError(f"rule must be 'guided', 'deconvnet' or 'plain', got {rule!r}")
-    model = layers.unwrap(model)
+    model = explainable(model)
+    scripted = [n for n, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted and rule != "plain":
+        raise ValueError(
+            f"{scripted[0]!r} of the model is scripted or traced, and the rule cannot reach the "
+            "ReLUs in it; explain the model before torch.jit, or take rule='plain'"
+        )
     with inference(model):
         args, kwargs = arguments(images)
         image = layers.image_of(args, kwargs)

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
-from gradcampp_ext.capture import Capture, CaptureError, Site, first_tensor, inference
+from gradcampp_ext.capture import (
+    Capture,
+    CaptureError,
+    Site,
+    derivatives,
+    first_tensor,
+    inference,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -82,10 +89,12 @@ def find(model: nn.Module, layer: str | nn.Module) -> Site:
                 f"target_layer must be a module of the model; this {type(layer).__name__} is "
                 "none of its modules (of a copy, perhaps?)"
             )
-        return Site(name, layer)
+        return _hookable(Site(name, layer))
     name, colon, side = layer.partition(":")
     if colon and side != "input":
         raise ValueError(f"target_layer may end in ':input' and nothing else, got {layer!r}")
+    while name not in modules and name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
     if name not in modules:
         close = difflib.get_close_matches(name, modules, n=3)
         hint = (
@@ -94,7 +103,19 @@ def find(model: nn.Module, layer: str | nn.Module) -> Site:
             else "gradcampp_ext.layers.candidates lists them"
         )
         raise ValueError(f"target_layer {name!r} is not the name of a module of the model; {hint}")
-    return Site(layer, modules[name], reads_input=bool(colon))
+    return _hookable(Site(layer, modules[name], reads_input=bool(colon)))
+
+
+_WRAPPERS = ("module.", "_orig_mod.")  # of a layer's name in what ``unwrap`` takes off
+
+
+def _hookable(site: Site) -> Site:
+    if isinstance(site.module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"target_layer {site.name!r} is scripted or traced and calls no hooks; name a layer "
+            "around it or behind it, or explain the model before torch.jit"
+        )
+    return site
 
 
 def candidates(model: nn.Module, *args: Any, **kwargs: Any) -> list[Candidate]:
@@ -138,14 +159,15 @@ def default(
             if call.shape == shape and "Norm" in type(call.module).__name__
         ]
         with inference(model), Capture([site, *norms]) as capture:
-            gradients = capture.gradients(score(model(*args, **kwargs)))
+            gradients = derivatives(score(model(*args, **kwargs)), capture.edges)
         for used, gradient in zip(capture.sites, gradients, strict=True):
-            if tokens(gradient).any():
+            if gradient is not None and tokens(gradient).any():
                 return used
-        raise CaptureError(
-            "target_layer=None found no layer whose patches the predicted class depends on (are "
-            "the weights of the head zero, as before training?); name one"
-        )
+        if any(gradient is not None for gradient in gradients):
+            raise CaptureError(
+                "target_layer=None found no layer whose patches the predicted class depends on "
+                "(are the weights of the head zero, as before training?); name one"
+            )
     raise CaptureError(
         "target_layer=None found no layer with maps in this model; name one "
         "(gradcampp_ext.layers.candidates lists them)"
@@ -172,7 +194,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
     with inference(model), ExitStack() as hooks:
         for name, module in model.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 handle = module.register_forward_hook(record(name), with_kwargs=True)
                 hooks.callback(handle.remove)
         model(*args, **kwargs)
@@ -185,6 +207,21 @@ def image_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
             return value
     raise ValueError("images must hold a floating-point tensor of shape [N, C, *S]")
+
+
+def image_size(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
+    """The sizes *S that maps lie over.
+
+    Those of the image [N, C, *S]; video models that take [N, T, C, H, W] turn it around before
+    their first convolution, which tells. The model is run once more for 5-dimensional images.
+    """
+    image = image_of(args, kwargs)
+    if image.dim() == 5:
+        for call in trace(model, args, kwargs):
+            if type(call.module).__name__.startswith("Conv") and len(call.taken) == 5:
+                turned = image.transpose(1, 2).shape
+                return list(turned[2:] if call.taken == turned else image.shape[2:])
+    return list(image.shape[2:])
 
 
 def layout(
@@ -291,7 +328,7 @@ def _is_map(shape: Sequence[int], image: Tensor) -> bool:
     """Whether it can be [N, C, *S] or [N, *S, C] of more than one position, or tokens."""
     if len(shape) not in (3, image.dim()) or shape[0] != image.shape[0]:
         return False
-    return math.prod(shape[2:]) > 1
+    return math.prod(shape[1:-1] if len(shape) < image.dim() else shape[2:]) > 1
 
 
 def _pools(call: Call, image: Tensor) -> bool:

@@ -15,7 +15,7 @@ from gradcampp_ext import cam, reference
 from gradcampp_ext import explainer as module
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
-from gradcampp_ext.targets import LogProbability
+from gradcampp_ext.targets import Contrast, LabelSum, LogProbability
 from gradcampp_ext.variations import Augment, Smooth
 
 
@@ -102,6 +102,38 @@ def test_constant_score_gives_zero_maps() -> None:
     maps = Explainer(Network(), "late")(IMAGES, lambda output: output[:, 0] * 0 + 1).maps
     assert maps.shape == (3, 1, 16, 20)
     assert not maps.any()
+
+
+@pytest.mark.parametrize(
+    ("target", "score"),
+    [
+        (Contrast(1, (0, 3), 0.6), lambda z: z[:, 1] - 0.6 * (z[:, 0] + z[:, 3]) / 2),
+        (LogProbability(2), lambda z: z[:, 2] - z.exp().sum(1).log()),
+        (LogProbability(2, multilabel=True), lambda z: -(1 + (-z[:, 2]).exp()).log()),
+        (LabelSum((0, 4)), lambda z: z[:, 0] + z[:, 4]),
+    ],
+    ids=["contrast", "log-probability", "label", "labels"],
+)
+def test_targets_that_are_no_logits(target, score) -> None:
+    model = Network().double().eval()
+    explanation = Explainer(model, "late", normalize=None)(IMAGES.double(), target, size="feature")
+    activations = model.late(model.act(model.norm(model.stem(IMAGES.double())))).detach()
+    activations.requires_grad_()
+    scores = score(model.head(activations.relu().mean((2, 3))))
+    [gradients] = torch.autograd.grad(scores.sum(), activations)
+    torch.testing.assert_close(explanation.scores[:, 0], scores.detach())
+    expected = reference.cam(activations.detach(), gradients, normalize=None)
+    torch.testing.assert_close(explanation.maps[:, 0], expected, rtol=1e-10, atol=1e-12)
+    assert explanation.maps.any()
+
+
+def test_regression() -> None:
+    model = Network().double()
+    model.head = nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)).double()  # [N]
+    maps = Explainer(model, "late")(IMAGES.double()).maps
+    torch.testing.assert_close(maps, Explainer(model, "late")(IMAGES.double(), lambda y: y).maps)
+    less = Explainer(model, "late")(IMAGES.double(), lambda y: -y).maps
+    assert not torch.allclose(maps, less)
 
 
 def test_a_batch_equals_its_samples() -> None:
@@ -281,6 +313,18 @@ def test_wrapped_models() -> None:
     for wrapped in (nn.DataParallel(model), torch.compile(model)):
         assert torch.equal(Explainer(wrapped, "late")(IMAGES).maps, expected)
         assert torch.equal(Explainer(wrapped, model.late)(IMAGES).maps, expected)
+
+
+def test_model_with_a_compiled_part() -> None:
+    model = Network().eval()
+    expected = {name: Explainer(model, name)(IMAGES, 1).maps for name in ("norm", "late")}
+    model.late = torch.compile(nn.Sequential(model.late), backend="aot_eager")
+    model(IMAGES)
+    for name, maps in expected.items():
+        torch.testing.assert_close(Explainer(model, name)(IMAGES, 1).maps, maps)
+    inside = Explainer(model, "late._orig_mod.0")
+    with pytest.raises(CaptureError, match=r"did not run .*not inside a compiled graph"):
+        inside(IMAGES, 1)
 
 
 @pytest.mark.parametrize("part", ["", "late"])

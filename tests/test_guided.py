@@ -163,6 +163,29 @@ def test_guided_cam_of_several_layers() -> None:
         guided.cam(Explainer(model, ["a", "b"]), IMAGES)
 
 
+def test_compiled_parts_keep_the_rule() -> None:
+    model = Network(nn.ReLU())
+    expected = guided.explain(model, IMAGES, 1).maps
+    plain = guided.explain(model, IMAGES, 1, rule="plain").maps
+    assert not torch.allclose(expected, plain)
+    model.act = torch.compile(model.act, backend="aot_eager")
+    model(IMAGES)
+    torch.testing.assert_close(guided.explain(model, IMAGES, 1).maps, expected)
+
+
+def test_scripted_models_are_refused() -> None:
+    model = Network(nn.ReLU())
+    with pytest.raises(ValueError, match="model is scripted or traced"):
+        guided.explain(torch.jit.trace(model, IMAGES), IMAGES)
+    expected = guided.explain(model, IMAGES, rule="plain").maps
+    model.act = torch.jit.script(model.act)
+    with pytest.raises(
+        ValueError, match=r"'act' of the model is scripted .* the rule cannot reach"
+    ):
+        guided.explain(model, IMAGES)
+    torch.testing.assert_close(guided.explain(model, IMAGES, rule="plain").maps, expected)
+
+
 def test_errors() -> None:
     model = Network(nn.GELU())
     with pytest.raises(CaptureError, match=r"rule='guided' is one for ReLUs, .* called none"):

@@ -54,6 +54,22 @@ def test_find_errors(layer, message) -> None:
         layers.find(model, layer)
 
 
+def test_names_of_a_wrapped_model() -> None:
+    model = nn.Sequential(pooled(), nn.ReLU())
+    for name in ("module.0.1", "_orig_mod.0.1", "module._orig_mod.0.1:input"):
+        site = layers.find(model, name)
+        assert (site.module, site.reads_input) == (model[0][1], name.endswith("input"))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_layers() -> None:
+    model = pooled()
+    model[1] = torch.jit.script(model[1])
+    with pytest.raises(ValueError, match=r"'1' is scripted or traced and calls no hooks; name a"):
+        layers.find(model, "1")
+    assert [layer.name for layer in layers.candidates(model, image(9, 9))] == ["0", "2:input"]
+
+
 def test_candidates() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -132,6 +148,19 @@ class HeadsBehind(nn.Module):
         return self.head((x.flatten(2) + heads.transpose(2, 3).flatten(1, 2)).mean(2))
 
 
+class UnusedPooler(MeanOfTokens):
+    """One token, made by attention pooling, that the score does not use."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.pooler, self.idle = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(self.embed(x).flatten(2).transpose(1, 2))
+        self.pooler(self.idle(x).mean(1, keepdim=True))
+        return self.head(x.mean(1))
+
+
 @pytest.mark.parametrize(
     ("build", "size", "name"),
     [
@@ -140,6 +169,7 @@ class HeadsBehind(nn.Module):
         (fully_convolutional, (8, 10), "1"),
         (lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.Flatten(2), Mean()), (8, 10), "0"),
         (lambda: MeanOfTokens(1), (16, 24), "block"),
+        (UnusedPooler, (16, 24), "block"),
         (vision_transformer, (32, 32), "encoder.layers.encoder_layer_1.ln_1"),
         (swin, (32, 48), "avgpool:input"),
         (HeadsBehind, (32, 48), "embed"),
@@ -200,6 +230,21 @@ def layout_of(model, name, x, tokens=None) -> Layout:
 )
 def test_layout_is_found(build, name, size, expected) -> None:
     assert layout_of(build(), name, image(*size)) == expected
+
+
+def test_image_size() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(3, 4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x.transpose(1, 2))
+
+    video = torch.randn(2, 6, 3, 9, 8)  # [N, T, C, H, W]
+    assert layers.image_size(Turned(), (video,), {}) == [6, 9, 8]
+    assert layers.image_size(nn.Conv3d(6, 4, 2), (video,), {}) == [3, 9, 8]
+    assert layers.image_size(pooled(), (), {"x": image(9, 8)}) == [9, 8]
 
 
 def test_layout_after_patch_merging() -> None:

@@ -30,6 +30,26 @@ def vision_transformer() -> nn.Module:
     return model
 
 
+# Of large families a small one: drawing tens of millions of weights takes longer than a test.
+def densenet() -> nn.Module:
+    return torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=7)
+
+
+def convnext() -> nn.Module:
+    widths = (16, 32, 48, 64)
+    settings = [
+        torchvision.models.convnext.CNBlockConfig(width, following, 1)
+        for width, following in zip(widths, (*widths[1:], None), strict=True)
+    ]
+    return torchvision.models.ConvNeXt(settings, num_classes=7)
+
+
+def swin() -> nn.Module:
+    return torchvision.models.SwinTransformer(
+        [4, 4], 16, [1, 1, 2, 1], [1, 2, 2, 4], [2, 2], num_classes=7
+    )
+
+
 def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         timm = pytest.importorskip("timm")
@@ -56,19 +76,36 @@ SMALL_VIT = {
     "patch_size": 16,
 }
 
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def text_and_image(name: str) -> Callable[[], nn.Module]:
+    """The vision half of a CLIP-like model, as a classifier."""
+    return hugging_face(name, vision_config=SMALL_VIT, text_config=TEXT)
+
+
 # name: model, size of images, layer found, size of its maps
 MODELS = {
     "resnet18": (vision("resnet18"), (64, 96), "avgpool:input", (2, 3)),
     "vgg11": (vision("vgg11"), (64, 96), "avgpool:input", (2, 3)),
-    "densenet121": (vision("densenet121"), (64, 96), "features", (2, 3)),
+    "densenet": (densenet, (64, 96), "features", (2, 3)),
     "mobilenet_v2": (vision("mobilenet_v2"), (64, 96), "features", (2, 3)),
     "mobilenet_v3": (vision("mobilenet_v3_small"), (64, 96), "avgpool:input", (2, 3)),
     "efficientnet_b0": (vision("efficientnet_b0"), (64, 96), "avgpool:input", (2, 3)),
-    "convnext": (vision("convnext_tiny"), (64, 96), "avgpool:input", (2, 3)),
+    "convnext": (convnext, (64, 96), "avgpool:input", (2, 3)),
     "shufflenet": (vision("shufflenet_v2_x0_5"), (64, 96), "conv5", (2, 3)),
     "squeezenet": (vision("squeezenet1_1"), (64, 96), "classifier.0", (3, 5)),
     "vit": (vision_transformer, (96, 96), "encoder.layers.encoder_layer_2.ln_1", (3, 3)),
-    "swin_t": (vision("swin_t"), (64, 96), "avgpool:input", (2, 3)),
+    "swin": (swin, (64, 96), "avgpool:input", (2, 3)),
     "r3d_18": (vision("r3d_18"), (4, 32, 48), "avgpool:input", (1, 2, 3)),
     "timm resnet": (timm_model("resnet10t"), (64, 96), "global_pool:input", (2, 3)),
     "timm convnext": (timm_model("convnext_atto"), (64, 96), "head.global_pool:input", (2, 3)),
@@ -79,15 +116,15 @@ MODELS = {
         (2, 3),
     ),
     "timm vit": (
-        timm_model("vit_tiny_patch16_224", img_size=(64, 96)),
+        timm_model("vit_tiny_patch16_224", img_size=(64, 96), depth=3),
         (64, 96),
-        "blocks.11.norm1",
+        "blocks.2.norm1",
         (4, 6),
     ),
     "timm deit distilled": (
-        timm_model("deit_tiny_distilled_patch16_224", img_size=64),
+        timm_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3),
         (64, 64),
-        "blocks.11.norm1",
+        "blocks.2.norm1",
         (4, 4),
     ),
     "timm dinov2 registers": (
@@ -97,18 +134,39 @@ MODELS = {
         (4, 6),
     ),
     "timm vit averaged": (
-        timm_model("vit_tiny_patch16_224", img_size=64, global_pool="avg"),
+        timm_model("vit_tiny_patch16_224", img_size=64, depth=3, global_pool="avg"),
         (64, 64),
         "norm",
         (4, 4),
     ),
     "timm swin": (
-        timm_model("swin_tiny_patch4_window7_224", img_size=(64, 96), window_size=2),
+        timm_model(
+            "swin_tiny_patch4_window7_224",
+            img_size=(64, 96),
+            window_size=2,
+            embed_dim=24,
+            depths=(1, 1, 2, 1),
+        ),
         (64, 96),
         "head.global_pool:input",
         (2, 3),
     ),
     "hf vit": (hugging_face("ViT", **SMALL_VIT), (64, 64), "vit.layers.2.layernorm_before", (4, 4)),
+    "hf deit": (
+        hugging_face("DeiT", **SMALL_VIT), (64, 64), "deit.layers.2.layernorm_before", (4, 4),
+    ),
+    "hf clip vision": (
+        text_and_image("CLIP"), (64, 64), "vision_model.encoder.layers.2", (4, 4),
+    ),
+    "hf siglip vision": (
+        text_and_image("Siglip"), (64, 64), "vision_model.post_layernorm", (4, 4),
+    ),
+    "hf convnext": (
+        hugging_face("ConvNext", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+        (64, 96),
+        "convnext.encoder.stages.1",
+        (8, 12),
+    ),
     "hf dinov2 registers": (
         hugging_face("Dinov2WithRegisters", **SMALL_VIT),
         (64, 64),
@@ -188,12 +246,7 @@ def test_family(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_clip_with_text_targets() -> None:
     transformers = pytest.importorskip("transformers")
-    text = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 48, "vocab_size": 50, "max_position_embeddings": 16,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    config = transformers.CLIPConfig(text_config=text, vision_config=SMALL_VIT, projection_dim=16)
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=SMALL_VIT, projection_dim=16)
     model = transformers.CLIPModel(config)
     inputs = {
         "input_ids": torch.randint(3, 50, (5, 9)),
@@ -208,11 +261,11 @@ def test_clip_with_text_targets() -> None:
 
 
 def test_class_token_alone_is_explained() -> None:
-    model = timm_model("vit_tiny_patch16_224", img_size=64)().eval()
-    message = r"patches of layer 'blocks.11' is zero.*class token counts.*target_layer=None"
+    model = timm_model("vit_tiny_patch16_224", img_size=64, depth=3)().eval()
+    message = r"patches of layer 'blocks.2' is zero.*class token counts.*target_layer=None"
     with pytest.raises(RuntimeError, match=message):
-        Explainer(model, "blocks.11")(torch.randn(1, 3, 64, 64))
-    assert Explainer(model, "blocks.10")(torch.randn(1, 3, 64, 64)).maps.any()
+        Explainer(model, "blocks.2")(torch.randn(1, 3, 64, 64))
+    assert Explainer(model, "blocks.1")(torch.randn(1, 3, 64, 64)).maps.any()
 
 
 def test_segmentation() -> None:
@@ -245,6 +298,26 @@ def test_detection_by_callable() -> None:
     explanation = Explainer(model, "backbone.features.1", output=lambda found: found)(x, best)
     assert explanation.maps.shape == (1, 1, 96, 96)
     assert explanation.scores.shape == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_video_of_frames_first() -> None:
+    """[N, T, C, H, W] and tokens over time and space: maps lie over [T, H, W]."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VideoMAEConfig(num_labels=7, num_frames=6, tubelet_size=2, **SMALL_VIT)
+    model = transformers.VideoMAEForVideoClassification(config).eval()
+    x = torch.randn(2, 6, 3, 64, 64)
+    explainer = Explainer(model)
+    explanation = explainer(x, topk=2)
+    assert explanation.layer == "videomae.encoder.layer.2"
+    assert explanation.maps.shape == (2, 2, 6, 64, 64)
+    small = explainer(x, topk=2, size="feature").maps
+    assert small.shape == (2, 2, 3, 4, 4)
+    expected = nn.functional.interpolate(small, (6, 64, 64), mode="trilinear")
+    torch.testing.assert_close(explanation.maps, expected, rtol=0, atol=1e-5)
+    activations, gradients = plain_autograd(model, explanation.layer, x, explanation.targets[:, :1])
+    a, g = (t.movedim(-1, 1).unflatten(2, (3, 4, 4)) for t in (activations, gradients))
+    torch.testing.assert_close(small[:, 0].double(), reference.cam(a, g), rtol=0, atol=2e-4)
 
 
 def test_audio() -> None:
