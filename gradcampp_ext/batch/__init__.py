@@ -17,6 +17,7 @@ from gradcampp_ext.batch.mapset import MapSet
 from gradcampp_ext.batch.pipeline import Summary, run
 from gradcampp_ext.batch.progress import JsonLines, Lines, Progress
 from gradcampp_ext.batch.record import RecordError
+from gradcampp_ext.batch.samples import Sample, explain_dataset
 from gradcampp_ext.batch.sinks import Maps, Overlays, Rendered, Sink
 from gradcampp_ext.batch.sources import Dataset, Files, Stream
 from gradcampp_ext.batch.table import ResultsTable
@@ -38,10 +39,12 @@ __all__ = [
     "RecordError",
     "Rendered",
     "ResultsTable",
+    "Sample",
     "Sink",
     "Source",
     "SourceError",
     "Stream",
     "Summary",
+    "explain_dataset",
     "run",
 ]
