@@ -1,0 +1,1 @@
+"""Drop-in classes for users of other libraries, one module a library."""
