@@ -1,6 +1,6 @@
 """The pictures of the documentation: maps side by side, each with its error.
 
-    python benchmarks/pictures.py   # writes docs/images/{comparison,rectify,pooled-head}.jpg
+    python benchmarks/pictures.py   # writes docs/images/*.jpg
 
 The demo network (EfficientNet-Lite0, ImageNet weights) on photographs that scikit-image bundles;
 the contenders are those of bench_accuracy.py.
@@ -95,6 +95,30 @@ def pooled_head(subject: Subject) -> list[tuple[str, list[Column]]]:
     return [("before the pooling", columns)]
 
 
+def migration(subject: Subject) -> list[tuple[str, list[Column]]]:
+    """The extractors themselves, as their users call them, with one import and with the other."""
+    import torchcam.methods
+
+    from gradcampp_ext.compat import torchcam as compat
+
+    rows = []
+    for title, layer in {"behind a ReLU": "_blocks.10._swish", "signed": "_blocks.10"}.items():
+        maps = []
+        for library in (torchcam.methods, compat):
+            with library.GradCAMpp(subject.demo.model, layer) as extractor:
+                scores = subject.demo.model(subject.images)
+                maps.append(extractor(int(scores.argmax()), scores)[0])
+                truth = paper(*extractor.hook_a, *extractor.hook_g, rectify=True)
+        columns = [
+            Column("photograph"),
+            Column("the paper's eq. 19, float64", truth),
+            Column("gradcampp_ext.compat", maps[1], truth),
+            Column("torchcam 0.5.0", maps[0], truth),
+        ]
+        rows.append((f"layer {title}", columns))
+    return rows
+
+
 def sheet(subject: Subject, rows: list[tuple[str, list[Column]]]) -> Any:
     mpl.use("Agg")
     width, height = 2.1 * len(rows[0][1]), 2.35 * len(rows)
@@ -122,6 +146,7 @@ def main() -> None:
         "comparison": (coffee, comparison(coffee)),
         "rectify": (cat, rectify(cat)),
         "pooled-head": (coffee, pooled_head(coffee)),
+        "torchcam": (cat, migration(cat)),
     }
     for name, (subject, rows) in sheets.items():
         sheet(subject, rows).savefig(
