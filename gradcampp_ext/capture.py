@@ -45,10 +45,13 @@ class Capture:
 
     Run the model once inside; then ``activations`` has one tensor a site, in the given order, and
     ``gradients`` the derivatives of scores. Only the thread that made the object is listened to.
+
+    Without ``copy``, activations are what later in-place operations leave in that memory.
     """
 
-    def __init__(self, sites: Iterable[Site]) -> None:
+    def __init__(self, sites: Iterable[Site], *, copy: bool = True) -> None:
         self.sites = tuple(sites)
+        self._copy = copy
         self._taps: dict[int, tuple[Tensor, GradientEdge]] = {}
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
@@ -70,7 +73,7 @@ class Capture:
 
     @property
     def activations(self) -> list[Tensor]:
-        """What the model computed at each site, untouched by later in-place operations."""
+        """What the model computed at each site."""
         return [activations for activations, _ in self._all_taps()]
 
     @property
@@ -139,7 +142,9 @@ class Capture:
                 f"layer {site.name!r} runs under torch.inference_mode() inside the model, "
                 "where no graph can start; name a layer after it, or use torch.no_grad() there"
             )
-        activations = tensor.detach().clone()
+        activations = tensor.detach()
+        if self._copy:
+            activations = activations.clone()
         torch.set_grad_enabled(True)
         marked = _Mark.apply(tensor, torch.empty(0, requires_grad=True))
         self._taps[index] = activations, get_gradient_edge(marked)

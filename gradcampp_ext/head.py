@@ -40,11 +40,23 @@ def gradients(
     channel, weight = found
     if classes.stride(0) == 0:  # the same for all samples
         classes = classes[:1]
-    per_channel = weight[classes] / (math.prod(shape[1:]) // shape[channel])
-    spread = [1] * len(shape[1:])
-    spread[channel - 1] = shape[channel]
-    view = per_channel.reshape(*per_channel.shape[:2], *spread)
-    return view.expand(shape[0], -1, *shape[1:])
+    return spread(weight[classes], channel, shape)
+
+
+def spread(by_mean: Tensor, channel: int, shape: Sequence[int]) -> Tensor:
+    """Derivatives by activations, from those by their mean over space.
+
+    Args:
+        by_mean: [N, C] or [N, K, C]; N may be 1 for all samples.
+        channel: the channels' dimension in shape.
+        shape: of the activations, [N, ...].
+    Returns: [N, *shape[1:]] or [N, K, *shape[1:]], expanded (stride 0 over space).
+    """
+    sizes = [1] * len(shape[1:])
+    sizes[channel - 1] = shape[channel]
+    between = by_mean.shape[1:-1]
+    by_each = by_mean / (math.prod(shape[1:]) // shape[channel])
+    return by_each.reshape(len(by_mean), *between, *sizes).expand(shape[0], *between, *shape[1:])
 
 
 def linear_of_mean(
