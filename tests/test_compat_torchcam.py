@@ -194,6 +194,16 @@ def test_smooth_gradcampp_keeps_its_state_after_an_error() -> None:
             assert extractor(1)[0].shape == (3, 8, 10)
 
 
+@pytest.mark.parametrize("name", SAME)
+def test_samples_that_are_not_finite(name: str) -> None:
+    model, images = Small().eval(), IMAGES.clone()
+    expected = maps(ours, name, model, "late", images)[0]
+    images[1, 0, 3, 3] = float("nan")
+    found = maps(ours, name, model, "late", images)[0]
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], expected[::2])
+
+
 # manners
 
 
@@ -430,6 +440,23 @@ def test_other_gradients_are_exact(layer: Any, after_exit: bool) -> None:
     expected = gradients(model, images, None, after_exit)
     found = gradients(model, images, layer, after_exit)
     assert all(map(torch.equal, found, expected))
+    assert model.runs == 3
+
+
+def test_second_run_under_the_autocast_of_the_first() -> None:
+    model, images = Small().eval(), IMAGES.clone().requires_grad_()
+
+    def slope(extractor: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model(images)
+            assert scores.dtype == torch.bfloat16
+            if extractor:
+                assert extractor(1, scores, retain_graph=True)[0].dtype == torch.float32
+        return torch.autograd.grad(scores.float().sum(), images)[0]
+
+    expected = slope(None)
+    with ours.GradCAM(model, "late") as extractor:
+        assert torch.equal(slope(extractor), expected)
     assert model.runs == 3
 
 
