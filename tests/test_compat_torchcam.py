@@ -481,6 +481,19 @@ def test_second_run_only_where_needed() -> None:
     assert plain.runs == 1
 
 
+def test_second_runs_are_not_heard_by_other_extractors() -> None:
+    model = Deep().eval()
+    with ours.GradCAM(model, "third"):
+        scores = model(IMAGES)
+    with ours.SmoothGradCAMpp(model, "first") as other:
+        model(torch.zeros_like(IMAGES))
+        kept = other.hook_a[0], other._hook_outputs[0], other._input
+        scores.sum().backward()
+        assert model.runs == 3
+        found = other.hook_a[0], other._hook_outputs[0], other._input
+        assert all(one is two for one, two in zip(found, kept, strict=True))
+
+
 def test_nothing_is_kept_below_the_layer() -> None:
     kept: list[weakref.ref[Tensor]] = []
 
