@@ -1,4 +1,4 @@
-"""The command line: gradcampp explain, layers, info. It parses and calls."""
+"""The command line: gradcampp explain, report, layers, info. It parses and calls."""
 
 from __future__ import annotations
 
@@ -185,6 +185,14 @@ def explain(
             "--table", help="Also results.parquet, from results.jsonl.", rich_help_panel=_OUTPUTS
         ),
     ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="A site to look through the results: DIR/report/index.html, without a server.",
+            rich_help_panel=_OUTPUTS,
+        ),
+    ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)
     ] = "auto",
@@ -249,6 +257,8 @@ def explain(
                     sinks.append(batch.MapSet(form.value, maps, maps_dtype))
         if table:
             sinks.append(batch.ResultsTable())
+        if report:
+            sinks += batch.report.sinks()
         progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
         options = batch.Options(
             method=method,
@@ -273,11 +283,33 @@ def explain(
                 progress=progress,
                 stop=stop,
             )
+        if report and not summary.interrupted:
+            _say(f"look at {batch.report.build(out)}")
     if summary.interrupted:
         raise typer.Exit(128 + signals[0])
     if summary.failed:
         _say(f"{summary.failed} skipped, the reasons are in {out / 'errors.jsonl'}")
         raise typer.Exit(FAILED)
+
+
+@app.command("report")
+def write_report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Outputs of explain --report, finished or not."),
+    ],
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Default: model and method.")
+    ] = None,
+) -> None:
+    """Write the report of the results in DIR, or write it again.
+
+    explain --report does so at its end; this shows what a run has so far, or one that was stopped.
+    """
+    with _told():
+        from gradcampp_ext.batch import report
+
+        print(report.build(folder, title=title))
 
 
 @app.command()

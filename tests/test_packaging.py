@@ -118,7 +118,7 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     modules = {
         str(file.relative_to(CHECKOUT))
         for file in (CHECKOUT / "gradcampp_ext").rglob("*")
-        if file.suffix in (".py", ".json", ".csv", ".typed")
+        if file.suffix in (".py", ".json", ".csv", ".typed", ".j2", ".css", ".js")
     }
     assert modules | {"gradcampp_ext/_cpu.so", numpy_library} <= names
     assert "gradcampp_ext/_cuda.so" not in names

@@ -9,6 +9,7 @@ summary = batch.run(
 
 from __future__ import annotations
 
+from gradcampp_ext.batch import report
 from gradcampp_ext.batch.decode import DecodeError
 from gradcampp_ext.batch.engine import EngineError, Options
 from gradcampp_ext.batch.hub import HuggingFace
@@ -46,5 +47,6 @@ __all__ = [
     "Stream",
     "Summary",
     "explain_dataset",
+    "report",
     "run",
 ]

@@ -20,6 +20,7 @@ from typing import Any
 
 RESULTS, ERRORS, SETTINGS = "results.jsonl", "errors.jsonl", "run.json"
 RESULTS_TABLE, MAP_SETS = "results.parquet", ("maps.parquet", "maps.zarr")
+REPORT = "report"  # folder of the report
 _PARTIAL = ".partial"
 _LIKE_OUTPUT = r"(?i)\.(jpg|png|webp|npy)$"  # a folder called like a file would be in its way
 _LONGEST = 200  # bytes of a name's part; file systems take 255, suffixes need some
@@ -228,11 +229,12 @@ def _explained(folder: Path, error: OSError) -> RecordError:
 
 
 def _remove_outputs(folder: Path) -> None:
-    """Removes the files that results.jsonl names, the data sets, then the records."""
+    """Removes the files that results.jsonl names, data sets and report, then the records."""
     inside = folder.resolve()
     if (folder / SETTINGS).exists():
-        (folder / RESULTS_TABLE).unlink(missing_ok=True)
-        for name in MAP_SETS:
+        for name in (RESULTS_TABLE, f"{REPORT}/index.html"):
+            (folder / name).unlink(missing_ok=True)
+        for name in (*MAP_SETS, f"{REPORT}/data", f"{REPORT}/assets"):
             shutil.rmtree(folder / name, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError), (folder / RESULTS).open("rb") as lines:
         for line in lines:
