@@ -484,9 +484,13 @@ const gradcampp = (() => {
         if (event.key === "End") act = () => reach(CARDS);
       }
     } else if (state.view === "image" && arrow) {
-      const forward = event.key === "ArrowRight" || event.key === "ArrowDown";
-      const anchor = at(forward ? "next" : "previous");
-      act = () => { if (anchor.hasAttribute("href")) location.replace(anchor.hash); };
+      const step = event.key === "ArrowRight" || event.key === "ArrowDown" ? 1 : -1;
+      act = () => {
+        // from the address: a key may come before the last one's image is shown
+        const position = matching.indexOf(read().id);
+        const other = position < 0 ? undefined : matching[position + step];
+        if (other !== undefined) change({ id: other });
+      };
     }
     if (!act) return;
     event.preventDefault();
