@@ -25,7 +25,18 @@ CANCELS = ("gradcam", "xgradcam", "hirescam", "attention")  # sums of signed ter
 FEW = Device(processors=1)  # one slice of the channels for each sample
 MANY = Device(processors=80)  # as many slices as there are tiles
 TINY = Device(shared_per_block=2048, shared_per_processor=4096)  # no tile fits: the second path
-DEVICES = {"default": Device(), "few": FEW, "many": MANY, "second path": TINY}
+CLUSTER = Device(processors=16, clusters=True)  # a cluster of blocks for each sample
+# Several clusters for a sample of 64 KB and more: tiles are so small that one would take too many
+# rounds.
+CLUSTERS = Device(80, shared_per_block=8 * 1024, shared_per_processor=16 * 1024, clusters=True)
+DEVICES = {
+    "default": Device(),
+    "few": FEW,
+    "many": MANY,
+    "cluster": CLUSTER,
+    "clusters": CLUSTERS,
+    "second path": TINY,
+}
 
 
 @pytest.fixture(scope="session")
@@ -332,21 +343,46 @@ CHANGES = {
     ),
     "no barrier before the maps are gathered": (
         FUSED,
-        "  __syncthreads();\n  for (int i = thread; i < cells; i += kThreads) {\n"
-        "    Acc sum = maps[i];\n    for (int group",
-        "  for (int i = thread; i < cells; i += kThreads) {\n"
-        "    Acc sum = maps[i];\n    for (int group",
+        "  __syncthreads();\n  add_sources(0, cells",
+        "  add_sources(0, cells",
     ),
-    "no barrier before a block reports": (
+    "no barrier between crews": (
         FUSED,
-        "    __threadfence();\n    __syncthreads();",
-        "    __threadfence();",
+        "    scratch[thread] = sum;\n  }\n  __syncthreads();",
+        "    scratch[thread] = sum;\n  }",
     ),
-    "no barrier before the last block is known": (
+    "no meeting before other blocks' maps are read": (
         FUSED,
-        "    __syncthreads();\n    if (*flag == 0)",
-        "    if (*flag == 0)",
+        "    meet(blocks);\n    add_sources(first",
+        "    __syncthreads();\n    add_sources(first",
     ),
+    "no meeting before a cluster is counted": (
+        FUSED,
+        "    meet(blocks);\n    if (share.rank == 0",
+        "    __syncthreads();\n    if (share.rank == 0",
+    ),
+    "no meeting before the last cluster is known": (
+        FUSED,
+        "    meet(blocks);\n    last =",
+        "    last =",
+    ),
+    "no meeting before sums are exchanged": (
+        FUSED,
+        "    meet(blocks);\n    for (int i = thread; i < cells",
+        "    __syncthreads();\n    for (int i = thread; i < cells",
+    ),
+    "a block ends while another reads its memory": (
+        FUSED,
+        "  meet(blocks);  // no block ends",
+        "  __syncthreads();  // no block ends",
+    ),
+    "only a barrier of the block where clusters meet": (
+        "cuda/cluster.cuh",
+        "    __cluster_barrier_arrive();\n    __cluster_barrier_wait();\n    return;\n",
+        "",
+    ),
+    "no fence before a cluster is counted": (FUSED, "__threadfence();  // the cluster's", "//"),
+    "no fence after a cluster is counted": (FUSED, "__threadfence();  // the others'", "//"),
     "no barrier between warps of a channel": (
         BLOCK,
         "    }\n  }\n  __syncthreads();",
@@ -368,7 +404,21 @@ CHANGES = {
         "  resize_map",
     ),
     "output one past its end": (FINISH, "pixel[j * width] =", "pixel[j * width + 1] ="),
-    "workspace one past its end": (FUSED, "group_cells + i] = sum", "group_cells + i + 1] = sum"),
+    "workspace one past its end": (
+        FUSED,
+        "group_cells + i, maps[i]",
+        "group_cells + i + 1, maps[i]",
+    ),
+    "another block's memory one past its end": (
+        FUSED,
+        "in_block(maps, rank)[i]",
+        "in_block(maps, rank)[i + args.shared.bytes / sizeof(Acc)]",
+    ),
+    "a share of the output too few": (
+        FINISH,
+        "part * kWarps + thread / kWarp",
+        "(part + 1) * kWarps + thread / kWarp",
+    ),
     "shared memory one past its end": (
         FUSED,
         "reinterpret_cast<int*>(shared + args.shared.flag)",
@@ -391,10 +441,11 @@ def test_a_broken_kernel_is_noticed(program, tmp_path, change):
             for layout, shape in [
                 ("contiguous", (2, 50, 5, 5)),
                 ("channels_last", (1, 64, 12, 12)),
+                ("contiguous", (1, 96, 11, 11)),
                 ("offset", (1, 5, 30, 30)),
             ]:
                 a, g = make_pair(shape, targets=2, layout=layout, seed=seed)
-                device = (FEW, MANY)[seed % 2]
+                device = (FEW, MANY, CLUSTER, CLUSTERS)[seed % 4]
                 actual = emulator.cam(a, g, size=(33, 33), seed=seed, device=device)
                 expected = reference.cam(a, g, size=(33, 33))
                 assert not actual.isnan().any()

@@ -10,15 +10,30 @@ cudaError_t launch_plan(const Plan& plan, Method method, bool eps, cudaStream_t 
 
 namespace {
 
+// Whether the code that the device runs has clusters: a build for older devices alone, compiled
+// further from its PTX, has not.
+__global__ void code_of_this_device() {}
+
 cudaError_t current_device(Device* device) {
+  thread_local int known = -1;  // the device that was asked last, and what it said
+  thread_local Device answer;
   int index;
   cudaError_t error = cudaGetDevice(&index);
-  auto read = [&](cudaDeviceAttr attribute, int* value) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
-  };
-  read(cudaDevAttrMultiProcessorCount, &device->processors);
-  read(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_per_block);
-  read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device->shared_per_processor);
+  if (error == cudaSuccess && index != known) {
+    auto read = [&](cudaDeviceAttr attribute, int* value) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+    };
+    int clusters = 0;
+    read(cudaDevAttrMultiProcessorCount, &answer.processors);
+    read(cudaDevAttrMaxSharedMemoryPerBlockOptin, &answer.shared_per_block);
+    read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &answer.shared_per_processor);
+    read(cudaDevAttrClusterLaunch, &clusters);
+    cudaFuncAttributes code = {};
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, code_of_this_device);
+    answer.cluster_blocks = clusters != 0 && code.ptxVersion >= 90 ? kMostClusterBlocks : 1;
+    known = error == cudaSuccess ? index : -1;
+  }
+  *device = answer;
   return error;
 }
 

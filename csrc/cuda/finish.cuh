@@ -106,11 +106,12 @@ __device__ __forceinline__ void resize_map(Cell cell, const FinishArguments& arg
 }
 
 // map: softmax(cells / temperature) + eps over all positions, NaN throughout where a cell is not
-// finite. Whole block; map may lie in shared or device memory; scratch holds kWarps numbers.
+// finite. Whole block, one of `parts` that have the same map and write a part of the output each;
+// map may lie in shared or device memory; scratch holds kWarps numbers.
 template <class Acc>
 __device__ __forceinline__ void softmax_map(const Acc* map, int positions,
-                                            const FinishArguments& args, Acc* output,
-                                            Acc* scratch) {
+                                            const FinishArguments& args, Acc* output, Acc* scratch,
+                                            int part, int parts) {
   const Acc temperature = static_cast<Acc>(args.temperature);
   Extremes<Acc> extremes;
   for (int p = static_cast<int>(threadIdx.x); p < positions; p += kThreads) {
@@ -122,33 +123,38 @@ __device__ __forceinline__ void softmax_map(const Acc* map, int positions,
     sum += exp(map[p] / temperature - extremes.high);
   }
   sum = reduce_over_block(sum, scratch, Add()) + extremes.poison;
-  for (int p = static_cast<int>(threadIdx.x); p < positions; p += kThreads) {
+  for (int p = part * kThreads + static_cast<int>(threadIdx.x); p < positions;
+       p += parts * kThreads) {
     output[p] = exp(map[p] / temperature - extremes.high) / sum + static_cast<Acc>(args.eps);
   }
 }
 
-// One map in shared memory, complete but for these steps, to the output. Whole block; maps that
-// follow one another need no barrier between.
+// One map in shared memory, complete but for these steps, to the output. Whole block, one of
+// `parts` that have the same map and write a part of the output each; maps that follow one another
+// need no barrier between.
 template <class Acc>
 __device__ __forceinline__ void finish_map(Acc* map, int positions, const FinishArguments& args,
-                                           Acc* output, Acc* scratch) {
+                                           Acc* output, Acc* scratch, int part, int parts) {
+  const int thread = static_cast<int>(threadIdx.x);
   if (args.softmax) {
-    softmax_map(map, positions, args, output, scratch);
+    softmax_map(map, positions, args, output, scratch, part, parts);
     return;
   }
   Extremes<Acc> extremes;
-  for (int p = static_cast<int>(threadIdx.x); p < positions; p += kThreads) {
-    map[p] = extremes.add(map[p], args.relu);
-  }
+  for (int p = thread; p < positions; p += kThreads) map[p] = extremes.add(map[p], args.relu);
   extremes.reduce(scratch);
-  for (int p = static_cast<int>(threadIdx.x); p < positions; p += kThreads) {
-    const Acc cell = extremes.normalized(map[p], args.normalize);
-    (args.resized ? map : output)[p] = cell;
+  if (!args.resized) {
+    for (int p = part * kThreads + thread; p < positions; p += parts * kThreads) {
+      output[p] = extremes.normalized(map[p], args.normalize);
+    }
+    return;
   }
-  if (!args.resized) return;
+  for (int p = thread; p < positions; p += kThreads) {
+    map[p] = extremes.normalized(map[p], args.normalize);
+  }
   __syncthreads();
-  resize_map([map](int p) { return map[p]; }, args, output,
-             static_cast<int64_t>(threadIdx.x) / kWarp, kWarps);
+  resize_map([map](int p) { return map[p]; }, args, output, part * kWarps + thread / kWarp,
+             parts * kWarps);
 }
 
 }  // namespace gradcampp

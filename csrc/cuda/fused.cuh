@@ -4,9 +4,12 @@
 // through the slice tile by tile; while one tile of A and G is worked on, the next is on its way
 // into the other half of shared memory. A tile of A stays there for its sum S, for its weighted
 // sum, and for all targets of the block, so that A and G are read from device memory once.
-// The maps of the block stay in shared memory too. At the end the block adds them to those of the
-// sample's other blocks: each writes its maps to the workspace, and the last to finish adds them
-// in the order of the slices and makes the output.
+// The maps of the block stay in shared memory too. At the end they are added to those of the
+// sample's other blocks, in the order of the slices, in up to two steps:
+//   - the blocks of a cluster, where the device has clusters, read each other's maps, each block
+//     having a share of the cells, and then share the making of the output;
+//   - clusters of the same sample (elsewhere: blocks) write their sums to the workspace, and the
+//     last to finish adds them.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -16,6 +19,7 @@
 
 #include "cam.h"
 #include "cuda/block.cuh"
+#include "cuda/cluster.cuh"
 #include "cuda/finish.cuh"
 #include "cuda/operand.cuh"
 #include "cuda/shared_memory.cuh"
@@ -64,12 +68,12 @@ struct FusedArguments {
   int64_t targets;
   Extent extent;
   int positions;
-  int channels_log2;  // of a tile
-  int slices;
+  int channels_log2;             // of a tile
+  int clusters, cluster_blocks;  // clusters * cluster_blocks blocks have a slice each
   int targets_per_block, target_blocks;
   double floor, eps;
-  void* partial;       // [samples, target_blocks, slices, targets_per_block, positions]
-  unsigned* finished;  // [samples, target_blocks], zero: how many slices are done
+  void* partial;       // [samples, target_blocks, clusters, targets_per_block, positions]
+  unsigned* finished;  // [samples, target_blocks], zero: how many clusters are done
   void* output;
   int64_t output_map;  // from map to map of the output
   FinishArguments finish;
@@ -116,95 +120,139 @@ __device__ __forceinline__ void add_tile_to_map(const FusedArguments& args, int 
   }
 }
 
-// Which part of the work is this block's.
+// Which part of the work is this block's. Blocks of a cluster are neighbours in the grid; blocks
+// with other targets of the same channels come next, so that they find A in the L2 cache.
 struct Share {
   int64_t sample, first_target, first_channel;
-  int targets, channels, slice;
-  int64_t unit;  // counts the groups of blocks that make the same maps
+  int targets, channels;  // a slice at the end may have no channels
+  int cluster, rank;      // of the clusters with the same maps; of the blocks of the cluster
+  int64_t unit;           // counts the groups of clusters with the same maps
 };
 
 __device__ __forceinline__ Share share_of_block(const FusedArguments& args) {
   Share share;
-  const int target_block = static_cast<int>(blockIdx.x % args.target_blocks);
-  const unsigned rest = blockIdx.x / args.target_blocks;
-  share.slice = static_cast<int>(rest % args.slices);
-  share.sample = rest / args.slices;
+  share.rank = static_cast<int>(blockIdx.x % args.cluster_blocks);
+  unsigned rest = blockIdx.x / args.cluster_blocks;
+  const int target_block = static_cast<int>(rest % args.target_blocks);
+  rest /= args.target_blocks;
+  share.cluster = static_cast<int>(rest % args.clusters);
+  share.sample = rest / args.clusters;
   share.unit = share.sample * args.target_blocks + target_block;
   share.first_target = static_cast<int64_t>(target_block) * args.targets_per_block;
   const int64_t targets = args.targets - share.first_target;
   share.targets =
       static_cast<int>(targets < args.targets_per_block ? targets : args.targets_per_block);
-  share.first_channel = share.slice * args.channels_per_slice;
-  const int64_t channels = args.channels - share.first_channel;
-  share.channels =
-      static_cast<int>(channels < args.channels_per_slice ? channels : args.channels_per_slice);
+  share.first_channel =
+      (share.cluster * args.cluster_blocks + share.rank) * args.channels_per_slice;
+  const int64_t left = args.channels - share.first_channel;
+  const int64_t channels = left < args.channels_per_slice ? left : args.channels_per_slice;
+  share.channels = static_cast<int>(channels < 0 ? 0 : channels);
   return share;
 }
 
-// Adds the block's maps to those of the sample's other blocks. False in all blocks but the last of
-// them to come here, which finds the sums of all in maps. Without other blocks that is so already.
+// maps[i] = the sum of read(source, i) over the sources, in a fixed order, for first <= i < end. A
+// thread owns every kThreads-th cell, or, where there are few cells and many sources, first adds
+// every crews-th source of one. scratch holds kThreads numbers; a barrier must stand between two
+// uses of it.
+template <class Acc, class Read>
+__device__ __forceinline__ void add_sources(int first, int end, int sources, Acc* maps,
+                                            Acc* scratch, Read read) {
+  constexpr int kSourcesAtLeast = 4;  // of a crew
+  const int thread = static_cast<int>(threadIdx.x), cells = end - first;
+  if (cells <= 0) return;
+  const int places = cells < kThreads ? kThreads / cells : 1;
+  const int wanted = sources / kSourcesAtLeast;
+  const int crews = wanted < places ? wanted : places;
+  if (crews <= 1) {
+    for (int i = first + thread; i < end; i += kThreads) {
+      Acc sum = 0;
+#pragma unroll 8
+      for (int source = 0; source < sources; ++source) sum += read(source, i);
+      maps[i] = sum;
+    }
+    return;
+  }
+  const int crew = thread / cells;
+  if (crew < crews) {
+    Acc sum = 0;
+#pragma unroll 8
+    for (int source = crew; source < sources; source += crews) {
+      sum += read(source, first + thread - crew * cells);
+    }
+    scratch[thread] = sum;
+  }
+  __syncthreads();
+  if (thread < cells) {
+    Acc sum = scratch[thread];
+    for (int other = 1; other < crews; ++other) sum += scratch[other * cells + thread];
+    maps[first + thread] = sum;
+  }
+}
+
+// Adds up the maps of all blocks that have a part of them. Returns whether this block's cluster is
+// the one that makes the output; then all its blocks have the sums in maps.
 template <class Acc>
-__device__ __noinline__ bool gather_maps(const FusedArguments& args, Acc* maps, int* flag) {
+__device__ __noinline__ bool gather_maps(const FusedArguments& args, Acc* maps, Acc* scratch,
+                                         int* flag) {
   const Share share = share_of_block(args);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), blocks = args.cluster_blocks;
   const int groups = args.positions < kThreads ? kThreads / args.positions : 1;
   const int group_cells = args.targets_per_block * args.positions;
   const int cells = share.targets * args.positions;
-  Acc* const partial = static_cast<Acc*>(args.partial) + share.unit * args.slices * group_cells;
+  // The block's share of the cells: nobody else touches them in any of the cluster's maps.
+  const int each = (cells + blocks - 1) / blocks;
+  const int first = share.rank * each < cells ? share.rank * each : cells;
+  const int end = first + each < cells ? first + each : cells;
+
   __syncthreads();
-  for (int i = thread; i < cells; i += kThreads) {
-    Acc sum = maps[i];
-    for (int group = 1; group < groups; ++group) sum += maps[group * group_cells + i];
-    if (args.slices == 1) {
-      maps[i] = sum;
-    } else {
-      partial[static_cast<int64_t>(share.slice) * group_cells + i] = sum;
-    }
+  add_sources(0, cells, groups, maps, scratch,
+              [&](int group, int i) { return maps[group * group_cells + i]; });
+  if (blocks > 1) {
+    meet(blocks);
+    add_sources(first, end, blocks, maps, scratch,
+                [&](int rank, int i) { return in_block(maps, rank)[i]; });
   }
-  if (args.slices > 1) {
-    __threadfence();
-    __syncthreads();
-    if (thread == 0) {
+  bool last = true;
+  if (args.clusters > 1) {
+    Acc* const partial = static_cast<Acc*>(args.partial) + share.unit * args.clusters * group_cells;
+    for (int i = first + thread; i < end; i += kThreads) {
+      __stcg(partial + share.cluster * group_cells + i, maps[i]);
+    }
+    meet(blocks);
+    if (share.rank == 0 && thread == 0) {
+      __threadfence();  // the cluster's sums are out before it is counted
       const unsigned before = atomicAdd(args.finished + share.unit, 1u);
-      *flag = before == static_cast<unsigned>(args.slices) - 1;
+      *flag = before == static_cast<unsigned>(args.clusters) - 1;
+      __threadfence();  // the others' sums are read after they were counted
     }
-    __syncthreads();
-    if (*flag == 0) return false;
-    __threadfence();
-    // A thread owns a cell, or, where there are fewer cells than threads, a cell of every crews-th
-    // slice; crews * cells is never more than the groups' maps took.
-    const int width = cells < kThreads ? cells : kThreads;
-    const int crews = kThreads / width, crew = thread / width;
-    if (crew < crews) {
-      for (int i = thread - crew * width; i < cells; i += width) {
-        Acc sum = 0;
-#pragma unroll 8
-        for (int slice = crew; slice < args.slices; slice += crews) {
-          sum += __ldcg(partial + static_cast<int64_t>(slice) * group_cells + i);
-        }
-        maps[crew * cells + i] = sum;
-      }
-    }
-    __syncthreads();
-    for (int i = thread; i < cells; i += kThreads) {
-      Acc sum = maps[i];
-      for (int other = 1; other < crews; ++other) sum += maps[other * cells + i];
-      maps[i] = sum;
+    meet(blocks);
+    last = *in_block(flag, 0) != 0;
+    if (last) {
+      add_sources(first, end, args.clusters, maps, scratch,
+                  [&](int cluster, int i) { return __ldcg(partial + cluster * group_cells + i); });
     }
   }
-  __syncthreads();
-  return true;
+  if (blocks > 1 && last) {
+    meet(blocks);
+    for (int i = thread; i < cells; i += kThreads) {
+      const int owner = i / each;
+      if (owner != share.rank) maps[i] = in_block(maps, owner)[i];
+    }
+  }
+  meet(blocks);  // no block ends while another reads its memory
+  return last;
 }
 
-// The block's complete maps to the output. Like gather_maps not inlined, so that the main loop has
-// the registers; both are the same for all methods.
+// The block's part of the output, from complete maps. Like gather_maps not inlined, so that the
+// main loop has the registers; both are the same for all methods.
 template <class Acc>
 __device__ __noinline__ void finish_maps(const FusedArguments& args, Acc* maps, Acc* scratch) {
   const Share share = share_of_block(args);
   for (int k = 0; k < share.targets; ++k) {
     Acc* const output = static_cast<Acc*>(args.output) +
                         (share.sample * args.targets + share.first_target + k) * args.output_map;
-    finish_map(maps + k * args.positions, args.positions, args.finish, output, scratch);
+    finish_map(maps + k * args.positions, args.positions, args.finish, output, scratch, share.rank,
+               args.cluster_blocks);
   }
 }
 
@@ -316,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     }
   }
 
-  if (gather_maps(args, maps, reinterpret_cast<int*>(shared + args.shared.flag))) {
+  if (gather_maps(args, maps, scratch, reinterpret_cast<int*>(shared + args.shared.flag))) {
     finish_maps(args, maps, scratch);
   }
 }

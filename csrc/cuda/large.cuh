@@ -214,7 +214,8 @@ template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     softmax_kernel(const Acc* maps, int positions, FinishArguments finish, Acc* output) {
   const int64_t map = static_cast<int64_t>(blockIdx.x) * positions;
-  softmax_map(maps + map, positions, finish, output + map, reinterpret_cast<Acc*>(shared_memory()));
+  softmax_map(maps + map, positions, finish, output + map, reinterpret_cast<Acc*>(shared_memory()),
+              0, 1);
 }
 
 struct ResizeArguments {

@@ -14,7 +14,7 @@ namespace gradcampp {
 
 template <class... Parameters, class... Arguments>
 cudaError_t start(void (*kernel)(Parameters...), int64_t grid, int64_t shared_bytes,
-                  cudaStream_t stream, const Arguments&... arguments) {
+                  int cluster_blocks, cudaStream_t stream, const Arguments&... arguments) {
   constexpr int64_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -26,6 +26,13 @@ cudaError_t start(void (*kernel)(Parameters...), int64_t grid, int64_t shared_by
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(cluster_blocks);
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = cluster_blocks > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -39,28 +46,28 @@ cudaError_t launch_pass(const Pass& pass, cudaStream_t stream) {
                                                 static_cast<size_t>(pass.counter_bytes), stream);
       if (error != cudaSuccess) return error;
     }
-    return start(fused_kernel<Rule, A, G>, pass.fused_grid, pass.fused_args.shared.bytes, stream,
-                 pass.fused_args);
+    return start(fused_kernel<Rule, A, G>, pass.fused_grid, pass.fused_args.shared.bytes,
+                 pass.fused_args.cluster_blocks, stream, pass.fused_args);
   }
   cudaError_t error = cudaSuccess;
   if constexpr (!Rule::kElementwise) {
-    error = start(weights_kernel<Rule, A, G>, pass.weights_grid, 3 * kThreads * sizeof(Acc), stream,
-                  pass.weights);
+    error = start(weights_kernel<Rule, A, G>, pass.weights_grid, 3 * kThreads * sizeof(Acc), 1,
+                  stream, pass.weights);
   }
   if (error == cudaSuccess && pass.sum_grid > 0) {
     using SumRule = std::conditional_t<Rule::kElementwise, Rule, Weighted>;
-    error = start(sum_kernel<SumRule, A>, pass.sum_grid, 0, stream, pass.sum);
+    error = start(sum_kernel<SumRule, A>, pass.sum_grid, 0, 1, stream, pass.sum);
   }
   if (error == cudaSuccess && pass.cells_grid > 0) {
-    error = start(cells_kernel<Acc>, pass.cells_grid, kScratchBytes, stream, pass.cells);
+    error = start(cells_kernel<Acc>, pass.cells_grid, kScratchBytes, 1, stream, pass.cells);
   }
   if (error == cudaSuccess && pass.softmax_grid > 0) {
-    error = start(softmax_kernel<Acc>, pass.softmax_grid, kScratchBytes, stream,
+    error = start(softmax_kernel<Acc>, pass.softmax_grid, kScratchBytes, 1, stream,
                   static_cast<const Acc*>(pass.resize.cells), pass.resize.positions,
                   pass.resize.finish, static_cast<Acc*>(pass.resize.output));
   }
   if (error == cudaSuccess && pass.resize_grid > 0) {
-    error = start(resize_kernel<Acc>, pass.resize_grid, kScratchBytes, stream, pass.resize);
+    error = start(resize_kernel<Acc>, pass.resize_grid, kScratchBytes, 1, stream, pass.resize);
   }
   return error;
 }

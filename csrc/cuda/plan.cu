@@ -16,6 +16,7 @@ constexpr int64_t kSector = 32;       // bytes: what memory delivers at least
 constexpr int64_t kGoodSegment = 64;  // bytes of neighbouring channels
 constexpr int64_t kSmallTile = 4096;  // bytes: not worth cutting further to occupy more processors
 constexpr int64_t kMostSlices = 64;   // the last block reads that many maps
+constexpr int64_t kFewRounds = 4;     // of a cluster: cost no more than a second step of gathering
 constexpr int64_t kReservedShared = 1024;  // bytes that a block takes beside its own
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -135,6 +136,11 @@ SharedLayout shared_layout(const TileShape& a, const TileShape& g, int channels,
 // lets two blocks share a processor). Targets of a block: as many as leave room for three blocks
 // on a processor. Slices: so many blocks as all processors hold at once, at most one a tile, at
 // most 64; with few samples the tiles are halved until every processor has one.
+//
+// With clusters the slices are whole clusters, each as large as slices and device allow, a power of
+// two. There is only one of them for each sample, so that neither workspace nor counter is needed,
+// where it is through in a few rounds or where the clusters of all samples give the processors one
+// and a half blocks each.
 bool plan_fused(const CamArguments& args, const Sizes& sizes, const Device& device,
                 FusedArguments* fused) {
   const int64_t positions = args.positions();
@@ -166,7 +172,13 @@ bool plan_fused(const CamArguments& args, const Sizes& sizes, const Device& devi
     if (log2 >= good) smallest = good;
   }
   const auto tiles = [&] { return ceil_div(args.channels, int64_t{1} << log2); };
-  while (log2 > smallest && args.samples * tiles() < device.processors &&
+  const int64_t round_bytes = 2 * tile_bytes * device.cluster_blocks;
+  const int64_t sample_bytes = args.channels * positions * (sizes.element + sizes.gradient_element);
+  const bool quick = device.cluster_blocks > 1 && sample_bytes <= kFewRounds * round_bytes;
+  const int64_t occupied =
+      quick ? std::min<int64_t>(device.processors, args.samples * device.cluster_blocks)
+            : device.processors;
+  while (log2 > smallest && args.samples * tiles() < occupied &&
          (positions * element << (log2 - 1)) >= kSmallTile) {
     --log2;
   }
@@ -182,10 +194,13 @@ bool plan_fused(const CamArguments& args, const Sizes& sizes, const Device& devi
 
   const int64_t resident =
       device.processors * std::clamp<int64_t>(device.shared_per_processor / bytes, 1, 8);
-  const int64_t slices = std::clamp<int64_t>(resident / (args.samples * fused->target_blocks), 1,
-                                             std::min(tiles(), kMostSlices));
-  fused->channels_per_slice = ceil_div(tiles(), slices) << log2;
-  fused->slices = static_cast<int>(ceil_div(args.channels, fused->channels_per_slice));
+  const int64_t units = args.samples * fused->target_blocks;
+  const int64_t slices = std::clamp<int64_t>(resident / units, 1, std::min(tiles(), kMostSlices));
+  const int64_t blocks = int64_t{1} << floor_log2(std::min<int64_t>(slices, device.cluster_blocks));
+  const bool single = blocks > 1 && (quick || 2 * units * blocks >= 3 * device.processors);
+  fused->cluster_blocks = static_cast<int>(blocks);
+  fused->channels_per_slice = ceil_div(tiles(), single ? blocks : slices / blocks * blocks) << log2;
+  fused->clusters = static_cast<int>(ceil_div(args.channels, fused->channels_per_slice * blocks));
   return true;
 }
 
@@ -268,12 +283,12 @@ Pass plan_pass(const CamArguments& args, const Sizes& sizes, const Device& devic
     fused.output_map = softmax ? positions : args.pixels();
     fused.finish = finish;
     const int64_t units = args.samples * fused.target_blocks;
-    pass->fused_grid = units * fused.slices;
-    if (fused.slices > 1) {
+    pass->fused_grid = units * fused.clusters * fused.cluster_blocks;
+    if (fused.clusters > 1) {
       pass->counter_bytes = units * static_cast<int64_t>(sizeof(unsigned));
       fused.finished = static_cast<unsigned*>(arena.take(pass->counter_bytes));
-      fused.partial =
-          arena.take(pass->fused_grid * fused.targets_per_block * positions * sizes.accumulator);
+      fused.partial = arena.take(units * fused.clusters * fused.targets_per_block * positions *
+                                 sizes.accumulator);
     }
     return planned;
   }

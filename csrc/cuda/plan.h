@@ -15,6 +15,7 @@ struct Device {
   int processors;            // streaming multiprocessors
   int shared_per_block;      // bytes of shared memory that one block can have
   int shared_per_processor;  // bytes that the blocks on one processor share
+  int cluster_blocks;        // that a cluster can have; 1 without clusters
 };
 
 // Once through A and G: the whole op, or one half of the attention method. The first half ends in

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "math/platform.h"
+#include "math/reciprocal.h"
 
 namespace gradcampp::GCPP_TARGET {
 
@@ -22,19 +23,6 @@ template <class V>
 GCPP_HOST_DEVICE V one() {
   return V{} + 1;
 }
-
-template <class V>
-GCPP_HOST_DEVICE V reciprocal(V v) {
-  return 1 / v;
-}
-#if defined(__CUDA_ARCH__)
-// One instruction instead of ten: within one unit in the last place, and 0 above 2^126.
-GCPP_HOST_DEVICE float reciprocal(float v) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-#endif
 
 // relu(v) that keeps NaN and turns -inf into NaN.
 template <class V>

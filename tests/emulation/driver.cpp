@@ -245,6 +245,8 @@ int main() {
     emulation::device.processors = static_cast<int>(number());
     emulation::device.shared_per_block = static_cast<int>(number());
     emulation::device.shared_per_processor = static_cast<int>(number());
+    emulation::device.clusters = number() != 0;
+    ++emulation::device_index;
     emulation::launches = 0;
     run[op]();
   }

@@ -12,7 +12,7 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class EmulationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Device:
-    """What the launches are planned for: processors, and bytes of shared memory."""
+    """What the launches are planned for: processors, bytes of shared memory, clusters of blocks."""
 
     processors: int = 4
     shared_per_block: int = 64 * 1024
     shared_per_processor: int = 128 * 1024
+    clusters: bool = False
 
 
 def compiler() -> str | None:
@@ -132,7 +133,7 @@ class Emulator:
         pad = 3 - len(space)
         pixels = tuple(space) if size is None else size
         request = [
-            *(0, seed, device.processors, device.shared_per_block, device.shared_per_processor),
+            *(0, seed, *astuple(device)),
             *(DTYPES.index(activations.dtype), g.shape[0], g.shape[1], g.shape[2]),
             *([1] * pad + list(space)),
             *activations.stride()[:2],
@@ -158,7 +159,7 @@ class Emulator:
     ) -> Tensor:
         n, h, w, _ = images.shape
         request = [
-            *(1, seed, 4, 65536, 131072, n, h, w, images.dtype == torch.uint8),
+            *(1, seed, *astuple(Device()), n, h, w, images.dtype == torch.uint8),
             *(images.stride(0), images.stride(3), images.stride(1), images.stride(2)),
             *maps.stride(),
             *(1.0 - alpha, float(alpha)),

@@ -1,9 +1,12 @@
 #include "emulator.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <new>
 #include <string>
@@ -21,6 +24,7 @@
 namespace emulation {
 
 Device device;
+int device_index = 0;
 uint64_t seed = 1;
 int64_t launches = 0;
 
@@ -105,6 +109,26 @@ struct Copy {
   size_t bytes;
 };
 
+constexpr size_t kStoreBytes = 8;
+
+struct Store {
+  char* to;
+  std::array<char, kStoreBytes> value;
+  size_t bytes;
+};
+
+// What a thread, or the threads that met at a barrier, know of the others' memory operations.
+struct Knowledge {
+  std::vector<Store> stores;  // that memory does not have yet
+  uint64_t fenced = 0;        // when the last fence was
+
+  void learn(Knowledge& other) {
+    stores.insert(stores.end(), other.stores.begin(), other.stores.end());
+    other.stores.clear();
+    fenced = std::max(fenced, other.fenced);
+  }
+};
+
 struct Block;
 
 struct Thread {
@@ -115,6 +139,9 @@ struct Thread {
   Index index;
   unsigned rank = 0;                        // in the block
   std::deque<std::vector<Copy>> copies{1};  // committed groups, then the open one
+  Knowledge own;
+  bool arrived = false;        // at the cluster's barrier
+  unsigned arrived_round = 0;  // of the cluster's barrier
   const char* waits_for = nullptr;
   std::source_location waits_at;
   bool done = false;
@@ -126,13 +153,22 @@ struct Warp {
   std::source_location where;
 };
 
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  unsigned arrived = 0, threads = 0, round = 0;
+  std::vector<Thread*> waiting;
+  Knowledge arriving, met;
+};
+
 struct Block {
   Index index;
+  Cluster* cluster = nullptr;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
   unsigned at_barrier = 0, done = 0;
   std::source_location where;
+  Knowledge met;
 };
 
 class Random {
@@ -151,21 +187,29 @@ class Random {
 
 class Scheduler {
  public:
-  Scheduler(const Index& grid, const Index& block, size_t shared_bytes,
+  Scheduler(const Index& grid, const Index& block, unsigned cluster_blocks, size_t shared_bytes,
             const std::function<void()>& body)
-      : grid_(grid), block_(block), shared_bytes_(shared_bytes), body_(body), random_(seed) {}
+      : grid_(grid),
+        block_(block),
+        cluster_blocks_(cluster_blocks),
+        shared_bytes_(shared_bytes),
+        body_(body),
+        random_(seed) {}
 
   void run() {
-    const uint64_t blocks = uint64_t{grid_.x} * grid_.y * grid_.z;
-    std::vector<uint64_t> waiting(blocks);
-    for (uint64_t i = 0; i < blocks; ++i) waiting[i] = i;
-    const size_t at_once = 1 + random_.below(6);
+    const uint64_t clusters = uint64_t{grid_.x} * grid_.y * grid_.z / cluster_blocks_;
+    std::vector<uint64_t> waiting(clusters);
+    for (uint64_t i = 0; i < clusters; ++i) waiting[i] = i;
+    const size_t at_once = 1 + random_.below(cluster_blocks_ == 1 ? 6 : 2 * cluster_blocks_);
     order_ = static_cast<Order>(random_.below(3));
     std::vector<std::unique_ptr<Block>> running;
     while (!waiting.empty() || !running.empty()) {
       while (!waiting.empty() && running.size() < at_once) {
         const size_t i = random_.below(waiting.size());
-        running.push_back(begin(waiting[i]));
+        Cluster& cluster = clusters_.emplace_back();
+        for (unsigned rank = 0; rank < cluster_blocks_; ++rank) {
+          running.push_back(begin(waiting[i] * cluster_blocks_ + rank, cluster));
+        }
         waiting[i] = waiting.back();
         waiting.pop_back();
       }
@@ -178,7 +222,33 @@ class Scheduler {
         }
       }
     }
+    publish(late_);
     for (char* stack : free_stacks_) std::free(stack);
+  }
+
+  // All that is known reaches memory.
+  void publish(Knowledge& known) {
+    for (const Store& store : known.stores) {
+      std::array<char, kStoreBytes> before{};
+      std::memcpy(before.data(), store.to, store.bytes);
+      past_[store.to].emplace_back(++now_, before);
+      std::memcpy(store.to, store.value.data(), store.bytes);
+    }
+    known.stores.clear();
+  }
+  uint64_t now() const { return now_; }
+
+  // What memory held at that time.
+  void remember(void* to, const char* from, size_t bytes, uint64_t time) const {
+    std::memcpy(to, from, bytes);
+    const auto changes = past_.find(from);
+    if (changes == past_.end()) return;
+    for (const auto& [when, before] : changes->second) {
+      if (when > time) {
+        std::memcpy(to, before.data(), bytes);
+        return;
+      }
+    }
   }
 
   void wait(const char* what, const std::source_location& where) {
@@ -213,8 +283,11 @@ class Scheduler {
     return thread;
   }
 
-  std::unique_ptr<Block> begin(uint64_t number) {
+  std::unique_ptr<Block> begin(uint64_t number, Cluster& cluster) {
     auto block = std::make_unique<Block>();
+    block->cluster = &cluster;
+    cluster.blocks.push_back(block.get());
+    cluster.threads += block_.x * block_.y * block_.z;
     block->index = {static_cast<unsigned>(number % grid_.x),
                     static_cast<unsigned>(number / grid_.x % grid_.y),
                     static_cast<unsigned>(number / grid_.x / grid_.y)};
@@ -245,7 +318,17 @@ class Scheduler {
   }
 
   void end(Block& block) {
-    for (Thread& thread : block.threads) free_stacks_.push_back(thread.stack);
+    for (Thread& thread : block.threads) {
+      free_stacks_.push_back(thread.stack);
+      late_.learn(thread.own);
+    }
+    late_.learn(block.met);
+    bool all_ended = true;
+    for (Block*& other : block.cluster->blocks) {
+      if (other == &block) other = nullptr;
+      all_ended = all_ended && other == nullptr;
+    }
+    if (all_ended) late_.learn(block.cluster->met);
     ::operator delete(block.shared, std::align_val_t(16));
   }
 
@@ -305,6 +388,7 @@ class Scheduler {
   }
 
   Index grid_, block_;
+  unsigned cluster_blocks_;
   size_t shared_bytes_;
   const std::function<void()>& body_;
   Random random_;
@@ -312,6 +396,10 @@ class Scheduler {
   Context main_;
   std::vector<Thread*> ready_;
   std::vector<char*> free_stacks_;
+  std::deque<Cluster> clusters_;
+  Knowledge late_;    // stores of blocks that have ended
+  uint64_t now_ = 0;  // counts what has reached memory
+  std::map<const void*, std::vector<std::pair<uint64_t, std::array<char, kStoreBytes>>>> past_;
   static inline const void* main_bottom_ = nullptr;
   static inline size_t main_bytes_ = 0;
 };
@@ -335,9 +423,75 @@ void barrier(std::source_location where) {
   }
   if (block.at_barrier == block.threads.size()) {
     block.at_barrier = 0;
-    for (Thread& thread : block.threads) Scheduler::active->make_ready(thread);
+    for (Thread& thread : block.threads) {
+      block.met.learn(thread.own);
+      Scheduler::active->make_ready(thread);
+    }
   }
   Scheduler::active->wait("the barrier", where);
+}
+
+void cluster_arrive() {
+  Thread& thread = *Scheduler::current;
+  Cluster& cluster = *thread.block->cluster;
+  if (thread.arrived) fail("a thread arrives twice at the cluster's barrier");
+  thread.arrived = true;
+  thread.arrived_round = cluster.round;
+  cluster.arriving.learn(thread.own);
+  cluster.arriving.learn(thread.block->met);
+  if (++cluster.arrived == cluster.threads) {
+    cluster.met.learn(cluster.arriving);
+    cluster.arrived = 0;
+    ++cluster.round;
+    for (Thread* waiting : cluster.waiting) Scheduler::active->make_ready(*waiting);
+    cluster.waiting.clear();
+  }
+}
+
+void cluster_wait() {
+  Thread& thread = *Scheduler::current;
+  Cluster& cluster = *thread.block->cluster;
+  if (!thread.arrived) fail("a thread waits at the cluster's barrier before it has arrived");
+  thread.arrived = false;
+  if (thread.arrived_round == cluster.round) {
+    cluster.waiting.push_back(&thread);
+    Scheduler::active->wait("the cluster's barrier", std::source_location::current());
+  } else {
+    maybe_yield();
+  }
+}
+
+const void* in_cluster(const void* shared, unsigned rank) {
+  const Block& block = *Scheduler::current->block;
+  if (rank >= block.cluster->blocks.size()) fail("a rank beyond the cluster");
+  const Block* const other = block.cluster->blocks[rank];
+  if (other == nullptr) fail("a block reads the shared memory of one that has ended");
+  return other->shared + (static_cast<const unsigned char*>(shared) - block.shared);
+}
+
+void store(void* to, const void* from, size_t bytes) {
+  Store store{static_cast<char*>(to), {}, bytes};
+  std::memcpy(store.value.data(), from, bytes);
+  Scheduler::current->own.stores.push_back(store);
+  // Out of bounds is noticed now, as the sanitizer sees an access of its own.
+  static_cast<volatile char*>(to)[bytes - 1];
+}
+
+void load(void* to, const void* from, size_t bytes) {
+  const Thread& thread = *Scheduler::current;
+  const uint64_t time =
+      std::max({thread.own.fenced, thread.block->met.fenced, thread.block->cluster->met.fenced});
+  Scheduler::active->remember(to, static_cast<const char*>(from), bytes, time);
+}
+
+void fence() {
+  Thread& thread = *Scheduler::current;
+  maybe_yield();
+  Scheduler::active->publish(thread.block->cluster->met);
+  Scheduler::active->publish(thread.block->met);
+  Scheduler::active->publish(thread.own);
+  thread.own.fenced = Scheduler::active->now();
+  maybe_yield();
 }
 
 uint64_t exchange(unsigned mask, uint64_t bits, unsigned source_lane, std::source_location where) {
@@ -394,10 +548,10 @@ void wait_for_copies(size_t groups_left) {
   }
 }
 
-void run(const Index& grid, const Index& block, size_t shared_bytes,
+void run(const Index& grid, const Index& block, unsigned cluster_blocks, size_t shared_bytes,
          const std::function<void()>& body) {
   ++launches;
-  Scheduler scheduler(grid, block, shared_bytes, body);
+  Scheduler scheduler(grid, block, cluster_blocks, shared_bytes, body);
   Scheduler::active = &scheduler;
   scheduler.run();
   Scheduler::active = nullptr;

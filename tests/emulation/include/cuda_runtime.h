@@ -38,7 +38,13 @@ struct dim3 {
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   ::emulation::barrier(where);
 }
-inline void __threadfence() { ::emulation::maybe_yield(); }
+inline void __threadfence() { ::emulation::fence(); }
+
+inline void __cluster_barrier_arrive() { ::emulation::cluster_arrive(); }
+inline void __cluster_barrier_wait() { ::emulation::cluster_wait(); }
+inline const void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
+  return ::emulation::in_cluster(shared, rank);
+}
 
 template <class T>
 T emulated_shuffle(unsigned mask, T value, unsigned source, std::source_location where) {
@@ -69,7 +75,13 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 }
 template <class T>
 T __ldcg(const T* address) {
-  return *address;
+  T value;
+  ::emulation::load(&value, address, sizeof value);
+  return value;
+}
+template <class T>
+void __stcg(T* address, T value) {
+  ::emulation::store(address, &value, sizeof value);
 }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 
@@ -82,16 +94,37 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrClusterLaunch,
 };
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = ::emulation::device_index;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const ::emulation::Device& device = ::emulation::device;
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.processors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared_per_block
-                                                                  : device.shared_per_processor;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.processors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device.shared_per_block;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = device.shared_per_processor;
+      break;
+    case cudaDevAttrClusterLaunch:
+      *value = device.clusters;
+      break;
+  }
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 
@@ -112,10 +145,20 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    ::emulation::Index clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 template <class... Parameters, class... Arguments>
@@ -129,7 +172,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       config->dynamicSmemBytes > limit) {
     return cudaErrorInvalidConfiguration;
   }
-  ::emulation::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes,
-                   [&] { kernel(arguments...); });
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const ::emulation::Index& wanted = config->attrs[i].val.clusterDim;
+    cluster = wanted.x;
+    if (cluster == 0 || cluster > 8 || grid.x % cluster != 0 || wanted.y != 1 || wanted.z != 1 ||
+        !::emulation::device.clusters) {
+      return cudaErrorInvalidConfiguration;
+    }
+  }
+  ::emulation::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, cluster,
+                   config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
