@@ -13,7 +13,8 @@
 namespace gradcampp {
 
 // Bytes of device memory, aligned to 16, that cam() may write to until the stream has run it.
-// cudaErrorInvalidValue for more than 2^30 positions or a grid of more than 2^31 - 1 blocks.
+// cudaErrorInvalidValue for more than 2^30 positions or channels, or a grid of more than 2^31 - 1
+// blocks.
 cudaError_t workspace_bytes(const CamArguments& arguments, int64_t* bytes);
 
 cudaError_t cam(const CamArguments& arguments, void* workspace, cudaStream_t stream);

@@ -7,6 +7,7 @@ namespace gradcampp {
 namespace {
 
 constexpr int64_t kMostPositions = int64_t{1} << 30;
+constexpr int64_t kMostChannels = int64_t{1} << 30;
 constexpr int64_t kLargestGrid = std::numeric_limits<int32_t>::max();
 // A processor's shared memory is cut into this many tiles: four blocks with two tiles of A and two
 // of G each. Half of it is then on its way from memory at any time, several times the bytes that
@@ -354,7 +355,9 @@ Pass plan_pass(const CamArguments& args, const Sizes& sizes, const Device& devic
 }  // namespace
 
 cudaError_t make_plan(const CamArguments& args, const Device& device, void* workspace, Plan* plan) {
-  if (args.positions() > kMostPositions) return cudaErrorInvalidValue;
+  if (args.positions() > kMostPositions || args.channels > kMostChannels) {
+    return cudaErrorInvalidValue;
+  }
   Sizes sizes{};
   sizes.element = args.dtype == ScalarType::kDouble ? 8 : args.dtype == ScalarType::kFloat ? 4 : 2;
   sizes.gradient_element = sizes.element;
