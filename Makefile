@@ -17,6 +17,12 @@ demo: $(VENV)/demo.stamp ## explain real photographs into out/demo
 test: $(VENV)/test.stamp ## pytest; REQUIRE_CUDA=1 makes a missing GPU fail
 	$(BIN)/pytest
 
+sanitize: $(VENV)/test.stamp ## compute-sanitizer over the op's tests; needs a GPU
+	REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+		--error-exitcode 9 $(BIN)/pytest -x tests/test_ops.py -k cuda
+	REQUIRE_CUDA=1 compute-sanitizer --tool racecheck --error-exitcode 9 \
+		$(BIN)/pytest -x tests/test_ops.py -k "cuda and (targets or layouts or uniform)"
+
 check: $(VENV)/dev.stamp ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,5 +53,5 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_SOURCES)
 	$(INSTALL) --no-build-isolation -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test check build bench docs clean
+.PHONY: help demo test sanitize check build bench docs clean
 .PRECIOUS: $(VENV)/%.stamp

@@ -1,6 +1,7 @@
 """The op alone: raw map, ReLU, min-max and 224 x 224 pixels, from activations and gradients.
 
-    python benchmarks/bench_op.py [--device cuda] [--json FILE] [-k EXPRESSION]
+    python benchmarks/bench_op.py [--json FILE] [-k EXPRESSION]
+    python benchmarks/bench_op.py --device cuda [--json FILE] [-k TEXT] [--seconds N]
 
 Cases are layers of real networks. In one run, on the same tensors:
 
@@ -11,10 +12,14 @@ Cases are layers of real networks. In one run, on the same tensors:
                     pytorch-grad-cam does it
     floor           reading both tensors and writing the output: a.sum(), g.sum(), fill
 
-Each call finds its tensors outside the last-level cache: calls go round a set of tensors that is
-three times as large. (Inside a network the layer has just been written, and caches are warmer.)
+On the CPU each call finds its tensors outside the last-level cache: calls go round a set of tensors
+that is three times as large. (Inside a network the layer has just been written, and caches are
+warmer.)
 A result is checked against the float64 oracle before it is timed. Times are taken by
 pytest-benchmark; the JSON is its format. Ratios are of medians over the same case.
+
+On a GPU (op_on_cuda.py) NumPy's place is taken by a Triton kernel (triton_cam.py) and the floor's
+by the card's measured copy bandwidth, and the cases are larger.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import environment
 import numpy as np
 import pytest
 import torch
@@ -36,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import gradcampp_ext as gx
-from gradcampp_ext import reference
+from gradcampp_ext import _native, reference
 
 LAYERS = {
     "resnet50.layer1": (256, 56, 56),
@@ -90,6 +96,34 @@ class Case:
         return a, g
 
 
+def cuda_cases() -> list[Case]:
+    """What matters most comes first: a run may be short of time."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    contiguous, channels_last, tokens = "contiguous", "channels_last", "tokens"
+    return [
+        Case("resnet50.layer4", 1, f32, contiguous),
+        Case("resnet50.layer4", 32, f32, contiguous),
+        Case("resnet50.layer4", 256, f32, contiguous),
+        Case("resnet50.layer1", 32, f32, contiguous),
+        Case("resnet50.layer4", 256, bf16, channels_last),
+        Case("resnet50.layer1", 32, bf16, channels_last),
+        Case("vit_b_16.tokens", 256, bf16, tokens),
+        Case("resnet50.layer2", 32, f32, contiguous),
+        Case("resnet50.layer3", 64, f32, contiguous),
+        Case("efficientnet_lite0.head", 1, f32, contiguous),
+        Case("resnet50.layer1", 1, f32, contiguous),
+        Case("vit_b_16.tokens", 1, f32, tokens),
+        Case("vgg16.features", 128, f32, contiguous),
+        Case("resnet50.layer3", 64, bf16, contiguous),
+        Case("convnext_tiny.stage2", 32, f32, channels_last),
+        Case("convnext_tiny.stage4", 32, bf16, channels_last),
+        Case("resnet50.layer4", 8, f32, contiguous),
+        Case("resnet50.layer1", 8, f32, channels_last),
+        Case("efficientnet_lite0.block", 32, bf16, contiguous),
+        Case("resnet50.layer2", 128, bf16, contiguous),
+    ]
+
+
 def cases() -> list[Case]:
     chosen = []
     for layer, batch, dtype in itertools.product(
@@ -139,16 +173,18 @@ def floor(a: Tensor, g: Tensor) -> Tensor:
     return torch.full((a.shape[0], *SIZE), 0.0, device=a.device)
 
 
+def compiled() -> Any:
+    torch._dynamo.reset()
+    return torch.compile(formula, dynamic=False)
+
+
 def contender(name: str) -> Any:
     if name == "compile":
-        torch._dynamo.reset()
-        return torch.compile(formula, dynamic=False)
+        return compiled()
     return {"gradcampp_ext": ours, "eager": formula, "numpy": by_numpy, "floor": floor}[name]
 
 
-def cache_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
+def cache_bytes() -> int:
     levels = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max(
         (int(f.read_text().strip().removesuffix("K")) << 10 for f in levels), default=32 << 20
@@ -156,20 +192,15 @@ def cache_bytes(device: str) -> int:
 
 
 @pytest.fixture(params=cases(), ids=lambda case: case.name, scope="module")
-def tensors(request, device) -> tuple[Case, list[tuple[Tensor, Tensor]]]:
+def tensors(request) -> tuple[Case, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     case: Case = request.param
-    copies = max(2, -(-3 * cache_bytes(device) // case.input_bytes))
-    return case, [case.tensors(device) for _ in range(min(copies, 400))]
-
-
-@pytest.fixture(scope="session")
-def device(request) -> str:
-    return str(request.config.getoption("--device", default="cpu"))
+    copies = max(2, -(-3 * cache_bytes() // case.input_bytes))
+    return case, [case.tensors("cpu") for _ in range(min(copies, 400))]
 
 
 @pytest.mark.parametrize("name", ["floor", "gradcampp_ext", "compile", "eager", "numpy"])
-def test_op(benchmark, tensors, device, name):
+def test_op(benchmark, tensors, name):
     case, pairs = tensors
     run = contender(name)
     if name != "floor":
@@ -189,12 +220,7 @@ def test_op(benchmark, tensors, device, name):
         torch=torch.__version__,
     )
 
-    def call(a: Tensor, g: Tensor) -> None:
-        run(a, g)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(call, setup=lambda: (next(rotation), {}), rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(run, setup=lambda: (next(rotation), {}), rounds=rounds, warmup_rounds=2)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -233,12 +259,49 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def on_cuda(file: Path | None, text: str, seconds: float) -> int:
+    """0, or 1 where something was left out."""
+    missing = _native.status().cuda_missing
+    if missing:
+        print(f"bench_op.py: CUDA cannot be used: {missing}", file=sys.stderr)
+        return 1
+    import op_on_cuda
+    import triton_cam
+
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    entries, left_out = op_on_cuda.measure(
+        [case for case in cuda_cases() if text in case.name],
+        {
+            "gradcampp_ext": lambda: ours,
+            "compile": compiled,
+            "triton": lambda: lambda a, g: triton_cam.cam(a, g, SIZE, processors),
+            "eager": lambda: formula,
+        },
+        lambda a, g: reference.cam(a, g, size=SIZE),
+        seconds,
+    )
+    report = {
+        "about": environment.about("cuda"),
+        "card": op_on_cuda.card(),
+        "benchmarks": entries,
+        "left_out": left_out,
+    }
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(op_on_cuda.table(report))
+    return 1 if left_out or not entries else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the op beside its peers.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path, help="where pytest-benchmark's JSON goes")
-    parser.add_argument("-k", default="", help="which cases, as pytest takes it")
+    parser.add_argument("--json", type=Path, help="where the JSON goes")
+    parser.add_argument("-k", default="", help="which cases: CPU as in pytest, CUDA a part")
+    parser.add_argument("--seconds", type=float, default=600, help="on CUDA, about how long")
     options = parser.parse_args()
+    if options.device == "cuda":
+        return on_cuda(options.json, options.k, options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         file = options.json or Path(folder, "op.json")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +314,6 @@ def main() -> int:
                 "no:cacheprovider",
                 "--benchmark-columns=median,iqr",
                 f"--benchmark-json={file}",
-                f"--device={options.device}",
                 "-k",
                 options.k,
             ]

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="cpu or cuda")
-
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
     """Results are published: what the machine is matters, what it is called does not."""
