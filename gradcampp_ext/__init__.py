@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradcampp_ext.accelerate import accelerate as accelerate
     from gradcampp_ext.capture import CaptureError as CaptureError
     from gradcampp_ext.explainer import Explainer as Explainer
     from gradcampp_ext.explainer import Explanation as Explanation
@@ -34,6 +35,7 @@ _HOMES = {
     "Smooth": "variations",
     "Augment": "variations",
     "export_explainer": "export",
+    "accelerate": "accelerate",
 }
 
 _MODULES = ("arrays", "batch", "guided", "imaging", "layers", "models", "reference", "targets")

@@ -362,9 +362,32 @@ def info() -> None:
     _table(rows)
 
 
+@app.callback()
+def _everywhere(
+    accelerate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCRIPT ARGUMENT...",
+            help="Run a Python script written for pytorch-grad-cam or torchcam, as python SCRIPT "
+            "ARGUMENT... would, with the classes of this package in their place. Comes first.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    if accelerate is not None:
+        raise typer.BadParameter("--accelerate must come first, then the script and its arguments")
+
+
 def main() -> None:
     """The console entry point."""
-    app()
+    option, _, script = "".join(sys.argv[1:2]).partition("=")
+    words = [script, *sys.argv[2:]] if script else sys.argv[2:]
+    if option == "--accelerate" and words:  # everything after it is the script's, options too
+        from gradcampp_ext.accelerate import run
+
+        run(words[0], words[1:])
+    else:
+        app()
 
 
 _OPTIONAL = ("torchvision", "timm", "transformers", "safetensors", "scikit-image")
