@@ -103,7 +103,7 @@ def run(
             )
     stop = stop or threading.Event()
     progress = progress or Progress()
-    tally = _Tally(progress)
+    tally = Tally(progress)
     summary = tally.summary
     engine = Engine(model, options)
     total = length(source)
@@ -120,11 +120,11 @@ def run(
             options.size or model.recipe.size,
             needs_label=options.target == "label",
         )
-        chunks = _chunks(source, record, options.batch_size, summary)
+        chunks = chunks_of(source, record, options.batch_size, summary)
         pin = options.device.type == "cuda"
         with Decoding(decoder, chunks, workers=workers, pin=pin) as decoding:
             progress.started(total, len(record.done))
-            clock = _Clock()
+            clock = Clock()
             with Writer(record, sinks, tally) as writer:
                 while not stop.is_set():
                     batch = decoding.next()
@@ -165,7 +165,7 @@ def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> di
     return decided
 
 
-def _chunks(source: Source, record: Record, size: int, summary: Summary) -> Iterator[Chunk]:
+def chunks_of(source: Source, record: Record, size: int, summary: Summary) -> Iterator[Chunk]:
     """What is not done yet, in the batches of an uninterrupted run: rounding depends on them."""
     items = iter(source)
     while taken := list(itertools.islice(items, size)):
@@ -176,7 +176,7 @@ def _chunks(source: Source, record: Record, size: int, summary: Summary) -> Iter
             yield chunk
 
 
-class _Tally(Progress):
+class Tally(Progress):
     """Counts what goes by."""
 
     def __init__(self, progress: Progress) -> None:
@@ -195,7 +195,7 @@ class _Tally(Progress):
         self._progress.failed(path, reason)
 
 
-class _Clock:
+class Clock:
     """Time by stage."""
 
     def __init__(self) -> None:

@@ -201,7 +201,7 @@ def _file(path: str) -> Item:
 
 
 def _manifest(file: Path, *, labelled: bool = False) -> Iterator[Item]:
-    for number, row in _rows(file):
+    for number, row in read_rows(file):
         path = next((row[name] for name in PATH_COLUMNS if row.get(name)), None)
         label = next((row[name] for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
         if path is None or (labelled and label is None):
@@ -214,7 +214,8 @@ def _manifest(file: Path, *, labelled: bool = False) -> Iterator[Item]:
         yield Item(found, str(Path(str(path)).with_suffix("")), found, label)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and columns of each row of a CSV, JSONL or Parquet file, or SourceError."""
     if file.suffix.lower() == ".parquet":
         yield from enumerate(parquet.rows(file), 1)
         return
