@@ -48,7 +48,7 @@ def increase(full: Tensor, behind: Tensor) -> Tensor:
     return full < behind
 
 
-def wins(behind: Tensor) -> Tensor:
+def wins(behind: Tensor, *, tie: float = 1e-5) -> Tensor:
     """Whether method a keeps more of the confidence than method b, boolean [..., M, M].
 
     Y is the same for both, so a wins where its O is larger. Where they are equal neither wins,
@@ -56,5 +56,6 @@ def wins(behind: Tensor) -> Tensor:
 
     Args:
         behind: O of M methods, [..., M].
+        tie: differences up to this are the rounding of two equal maps, and count as equal.
     """
-    return behind.unsqueeze(-1) > behind.unsqueeze(-2)
+    return behind.unsqueeze(-1) - behind.unsqueeze(-2) > tie

@@ -1,0 +1,168 @@
+"""Evaluating many pictures: source, decode, evaluate, record; then the summary.
+
+As in `gradcampp_ext.batch`, a picture is done when its row is in results.jsonl, and the same call
+goes on where an earlier one was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
+from gradcampp_ext.batch.pipeline import Clock, Summary, Tally, chunks_of
+from gradcampp_ext.batch.progress import Progress
+from gradcampp_ext.batch.record import Record
+from gradcampp_ext.evaluation import plots
+from gradcampp_ext.evaluation.evaluator import Evaluator, Options
+from gradcampp_ext.evaluation.summary import files, summarize
+
+if TYPE_CHECKING:
+    from gradcampp_ext.batch.sources import Source
+    from gradcampp_ext.evaluation.boxes import Annotations
+    from gradcampp_ext.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run has done.
+
+    Attributes:
+        run: how many pictures, how fast.
+        result: as evaluation.json has it; None if the run was interrupted or had no pictures.
+    """
+
+    run: Summary
+    result: dict[str, Any] | None
+
+
+def run(
+    source: Source,
+    model: LoadedModel,
+    out: Path,
+    options: Options | None = None,
+    boxes: Annotations | None = None,
+    *,
+    pictures: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> Evaluation:
+    """Evaluate maps of every picture of a source into a folder.
+
+    Args:
+        source: see `gradcampp_ext.batch.sources`.
+        model: is moved to the device, dtype and memory layout that it runs in.
+        out: gets results.jsonl, errors.jsonl if pictures failed, run.json, and at the end
+            evaluation.json, evaluation.csv and pictures.
+        options: what to evaluate and how; default `Options()`.
+        boxes: for localisation, see `gradcampp_ext.evaluation.boxes.read_boxes`.
+        pictures: draw the results, and maps of the pictures on which methods differ most, which
+            are explained once more for that (see `gradcampp_ext.evaluation.plots`).
+        overwrite: remove an earlier run's outputs first.
+        progress: is told what happens.
+        stop: when set, the batch in flight is finished and the run ends.
+
+    Raises:
+        RecordError: the folder cannot be used, or not be written any longer.
+        EngineError, CaptureError, ValueError: model, layers, methods and pictures do not fit.
+        DecodeError: a decoding process died.
+    """
+    options = options or Options()
+    stop = stop or threading.Event()
+    progress = progress or Progress()
+    tally = Tally(progress)
+    summary = tally.summary
+    evaluator = Evaluator(model, options, boxes)
+    total = len(source) if isinstance(source, Sized) else None
+    workers = options.workers
+    if workers is None:
+        batches = None if total is None else -(-total // options.batch_size)
+        workers = default_workers(options.device, batches)
+    decided = settings(model, options, boxes)
+    record = Record(out, decided, overwrite=overwrite)
+    result = None
+    with record, progress:
+        decoder = Decoder(source, model, model.recipe.size, needs_label=evaluator.by_label)
+        chunks = chunks_of(source, record, options.batch_size, summary)
+        pin = options.device.type == "cuda"
+        with Decoding(decoder, chunks, workers=workers, pin=pin) as decoding:
+            progress.started(total, len(record.done))
+            clock = Clock()
+            while not stop.is_set():
+                batch = decoding.next()
+                clock.lap("decode")
+                if batch is None:
+                    break
+                rows = [row for of_picture in evaluator(batch) for row in of_picture]
+                clock.lap("explain")
+                record.finish(rows)
+                tally.explained(rows)
+                for path, reason in batch.failures:
+                    record.fail(path, reason)
+                    tally.failed(path, reason)
+                clock.lap("write")
+            else:
+                summary.interrupted = True
+        summary.layer = ", ".join(evaluator.layers) or None
+        summary.seconds, summary.shares = clock.shares()
+        if not summary.interrupted and summary.resumed + summary.explained:
+            taken = list(record.rows())
+            result = summarize(taken, decided, evaluator.stages)
+            made = files(result)
+            if pictures:
+                made |= plots.draw(result)
+                made |= plots.disagreements(taken, source, model, evaluator)
+            for name, content in made.items():
+                record.write(name, content)
+    progress.finished(summary)
+    return Evaluation(summary, result)
+
+
+def settings(model: LoadedModel, options: Options, boxes: Annotations | None) -> dict[str, Any]:
+    """Everything that decides the numbers; a folder is continued with the same only."""
+    wanted = set(options.metrics)
+    decided: dict[str, Any] = {
+        "command": "evaluate",
+        "model": model.spec,
+        "weights_sha256": model.weights_sha256,
+        "recipe": str(model.recipe),
+        "classes": model.classes.sha256,
+        "methods": list(options.methods),
+        "layers": list(options.layers) or model.target_layer,
+        "target": options.target,
+        "metrics": list(options.metrics),
+        "maps": "min-max at the layer's size, then bilinear to the input's, half-pixel centres",
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "seed": options.seed,
+    }
+    if wanted & {"drop", "coherency"}:
+        decided["space"] = options.space
+    if wanted & {"insertion", "deletion"}:
+        decided["steps"] = options.steps
+    if "insertion" in wanted:
+        decided["insertion_from"] = options.insertion_from
+    if "deletion" in wanted:
+        decided["deletion_to"] = options.deletion_to
+    if "road" in wanted:
+        decided["road_shares"] = list(options.road_shares)
+    if "localization" in wanted:
+        decided["tolerance"] = options.tolerance
+        decided["boxes"] = _digest(boxes)
+    if "sensitivity" in wanted:
+        decided |= {"samples": options.samples, "radius": options.radius}
+    if "randomization" in wanted:
+        decided["stages"] = options.stages
+    return decided
+
+
+def _digest(boxes: Annotations | None) -> str:
+    """Of the boxes without their paths, so that it is the same in another folder."""
+    import hashlib
+
+    ordered = sorted(json.dumps(each) for each in (boxes or {}).values())
+    return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
