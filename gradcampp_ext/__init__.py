@@ -38,7 +38,18 @@ _HOMES = {
     "accelerate": "accelerate",
 }
 
-_MODULES = ("arrays", "batch", "guided", "imaging", "layers", "models", "reference", "targets")
+_MODULES = (
+    "arrays",
+    "batch",
+    "evaluation",
+    "guided",
+    "imaging",
+    "layers",
+    "metrics",
+    "models",
+    "reference",
+    "targets",
+)
 
 __all__ = list(_HOMES)
 

@@ -1,4 +1,4 @@
-"""The command line: gradcampp explain, report, layers, info. It parses and calls."""
+"""The command line: gradcampp explain, evaluate, report, layers, info. It parses and calls."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from gradcampp_ext.batch import Progress, Sink, Source
+    from gradcampp_ext.batch import Progress, Sink, Source, Summary
     from gradcampp_ext.models import LoadedModel
 
 FAILED, UNUSABLE = 1, 2  # exit codes: pictures were skipped; an error stopped the command
 
-_PICTURES, _OUTPUTS, _RUN = "Pictures and classes", "Outputs", "Run"  # panels of the help
+# panels of the help
+_PICTURES, _OUTPUTS, _RUN, _METRICS = "Pictures and classes", "Outputs", "Run", "Metrics"
 
 
 class MapFormat(str, Enum):
@@ -64,32 +65,92 @@ Weights = Annotated[
         "published ones, which torchvision, timm and hf download once.",
     ),
 ]
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        help="Pictures, folders (with all below), globs; .csv, .jsonl and .parquet lists with "
+        "a column path; .parquet files of pictures; WebDataset shards, a-{000..127}.tar; "
+        "hf:NAME@SPLIT or hf-stream:NAME@SPLIT, a Hugging Face data set.",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Where the outputs go.",
+        show_default=False,
+        rich_help_panel=_OUTPUTS,
+    ),
+]
+RecipeName = Annotated[
+    Literal["model", "article", "article-fit"],
+    typer.Option(
+        help="How pictures are prepared: as the model was trained; or shorter side to 224 "
+        "(article) or longer side (article-fit), LANCZOS, ImageNet mean and std.",
+        rich_help_panel=_PICTURES,
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="CSV, JSONL or Parquet of true classes: path (relative to the file) and "
+        "class_index, label, class_name or wordnet_id. Without it a folder called like a class "
+        "is a label.",
+        rich_help_panel=_PICTURES,
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="One class name a line, or JSON. Default: the model's.",
+        rich_help_panel=_PICTURES,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(help="Of the network.", rich_help_panel=_RUN),
+]
+BatchSize = Annotated[int, typer.Option(min=1, rich_help_panel=_RUN)]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Decoding processes. Default: as needed.", rich_help_panel=_RUN),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Remove an earlier run's outputs from DIR first.",
+        rich_help_panel=_OUTPUTS,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Only say what was skipped, and the end.", rich_help_panel=_RUN
+    ),
+]
+JsonProgress = Annotated[
+    bool,
+    typer.Option(
+        "--json-progress",
+        help="Progress as JSON lines on standard output.",
+        rich_help_panel=_RUN,
+    ),
+]
 
 
 @app.command(
     epilog="Exit code: 0 all explained, 1 some skipped, 2 stopped by an error, 130 interrupted."
 )
 def explain(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...",
-            help="Pictures, folders (with all below), globs; .csv, .jsonl and .parquet lists with "
-            "a column path; .parquet files of pictures; WebDataset shards, a-{000..127}.tar; "
-            "hf:NAME@SPLIT or hf-stream:NAME@SPLIT, a Hugging Face data set.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="DIR",
-            help="Where the outputs go.",
-            show_default=False,
-            rich_help_panel=_OUTPUTS,
-        ),
-    ],
+    paths: Paths,
+    out: Out,
     model: Model = "demo",
     weights: Weights = None,
     method: Annotated[
@@ -121,32 +182,9 @@ def explain(
             rich_help_panel=_OUTPUTS,
         ),
     ] = None,
-    recipe: Annotated[
-        Literal["model", "article", "article-fit"],
-        typer.Option(
-            help="How pictures are prepared: as the model was trained; or shorter side to 224 "
-            "(article) or longer side (article-fit), LANCZOS, ImageNet mean and std.",
-            rich_help_panel=_PICTURES,
-        ),
-    ] = "model",
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="CSV, JSONL or Parquet of true classes: path (relative to the file) and "
-            "class_index, label, class_name or wordnet_id. Without it a folder called like a class "
-            "is a label.",
-            rich_help_panel=_PICTURES,
-        ),
-    ] = None,
-    class_names: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="One class name a line, or JSON. Default: the model's.",
-            rich_help_panel=_PICTURES,
-        ),
-    ] = None,
+    recipe: RecipeName = "model",
+    labels: Labels = None,
+    class_names: ClassNames = None,
     overlays: Annotated[
         Literal["jpg", "png", "webp", "none"],
         typer.Option(help="Format of the overlays.", rich_help_panel=_OUTPUTS),
@@ -193,40 +231,13 @@ def explain(
             rich_help_panel=_OUTPUTS,
         ),
     ] = False,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_RUN)
-    ] = "auto",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Of the network.", rich_help_panel=_RUN),
-    ] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_RUN)] = 32,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Decoding processes. Default: as needed.", rich_help_panel=_RUN),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Remove an earlier run's outputs from DIR first.",
-            rich_help_panel=_OUTPUTS,
-        ),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet", "-q", help="Only say what was skipped, and the end.", rich_help_panel=_RUN
-        ),
-    ] = False,
-    json_progress: Annotated[
-        bool,
-        typer.Option(
-            "--json-progress",
-            help="Progress as JSON lines on standard output.",
-            rich_help_panel=_RUN,
-        ),
-    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_progress: JsonProgress = False,
 ) -> None:
     """Explain pictures: overlays, raw maps and results in DIR.
 
@@ -239,12 +250,9 @@ def explain(
         import torch
 
         from gradcampp_ext import batch
-        from gradcampp_ext.imaging import ARTICLE, ARTICLE_FIT
 
         _keep_freed_memory()
-        loaded = _load(model, weights, class_names)
-        if recipe != "model":
-            loaded = replace(loaded, recipe=ARTICLE if recipe == "article" else ARTICLE_FIT)
+        loaded = _load(model, weights, class_names, recipe)
         source = _source(paths, out, labels, loaded)
         sinks: list[Sink] = []
         if overlays != "none":
@@ -285,11 +293,170 @@ def explain(
             )
         if report and not summary.interrupted:
             _say(f"look at {batch.report.build(out)}")
-    if summary.interrupted:
-        raise typer.Exit(128 + signals[0])
-    if summary.failed:
-        _say(f"{summary.failed} skipped, the reasons are in {out / 'errors.jsonl'}")
-        raise typer.Exit(FAILED)
+    _end(summary, out, signals)
+
+
+@app.command(
+    epilog="Exit code: 0 all evaluated, 1 some skipped, 2 stopped by an error, 130 interrupted."
+)
+def evaluate(
+    paths: Paths,
+    out: Out,
+    model: Model = "demo",
+    weights: Weights = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="Methods, perhaps with options (gradcampp:rectify=false), and the controls "
+            "random and center, which know nothing.",
+        ),
+    ] = "gradcampp,gradcam,layercam",
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="X,Y,...", help="See gradcampp layers. Default: before the pooling."),
+    ] = None,
+    target: Annotated[
+        Literal["predicted", "label"],
+        typer.Option(help="Which class is explained: the predicted or the true one."),
+    ] = "predicted",
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="drop, coherency, insertion, deletion, road, localization, sensitivity, "
+            "randomization; or all. Default: drop, which takes one forward pass a map, and "
+            "localization if there are boxes.",
+            show_default=False,
+        ),
+    ] = None,
+    space: Annotated[
+        Literal["input", "pixels"],
+        typer.Option(
+            help="What the map multiplies: the normalised input, which fades to the mean colour, "
+            "or the pixels, which fade to black.",
+            rich_help_panel=_METRICS,
+        ),
+    ] = "input",
+    steps: Annotated[
+        int, typer.Option(min=1, help="Of insertion and deletion.", rich_help_panel=_METRICS)
+    ] = 32,
+    insertion_from: Annotated[
+        Literal["zero", "black", "mean", "blur"],
+        typer.Option(
+            help="Where insertion begins: the zero of the normalised input, black, the image's "
+            "mean colour, or the image blurred.",
+            rich_help_panel=_METRICS,
+        ),
+    ] = "blur",
+    deletion_to: Annotated[
+        Literal["zero", "black", "mean", "blur"],
+        typer.Option(help="What deletion puts in place.", rich_help_panel=_METRICS),
+    ] = "zero",
+    road: Annotated[
+        str,
+        typer.Option(
+            metavar="P,Q,...",
+            help="Percentages of pixels that ROAD removes.",
+            rich_help_panel=_METRICS,
+        ),
+    ] = "10,20,30,40,50,60,70,80,90",
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Of the pointing game, in pixels of the network's input.",
+            rich_help_panel=_METRICS,
+        ),
+    ] = 15,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Of noise, for sensitivity.", rich_help_panel=_METRICS)
+    ] = 10,
+    radius: Annotated[
+        float,
+        typer.Option(
+            help="Of the noise, in units of the normalised input.", rich_help_panel=_METRICS
+        ),
+    ] = 0.02,
+    stages: Annotated[
+        int,
+        typer.Option(
+            min=1, help="In which randomization takes the weights.", rich_help_panel=_METRICS
+        ),
+    ] = 10,
+    recipe: RecipeName = "model",
+    labels: Labels = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="CSV or JSONL of objects, a row a box: path (relative to the file), left, top, "
+            "right, bottom in pixels, and perhaps the class.",
+            rich_help_panel=_PICTURES,
+        ),
+    ] = None,
+    class_names: ClassNames = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_progress: JsonProgress = False,
+) -> None:
+    """Evaluate methods and layers on pictures: do their maps show what the network goes by?
+
+    Prints a table of means with 95 % intervals and of wins between every two methods;
+    in DIR: evaluation.json, with all definitions, evaluation.csv, plots, and results.jsonl with a
+    line a picture.
+
+    The same command again goes on where an earlier run was stopped.
+    """
+    with _told():
+        import torch
+
+        from gradcampp_ext import batch, evaluation
+
+        _keep_freed_memory()
+        loaded = _load(model, weights, class_names, recipe)
+        source = _source(paths, out, labels, loaded)
+        annotations = None if boxes is None else evaluation.read_boxes(boxes, loaded.classes)
+        progress: Progress = (
+            batch.JsonLines() if json_progress else batch.Lines(sys.stderr, quiet=quiet)
+        )
+        options = evaluation.Options(
+            methods=_listed(methods),
+            layers=_listed(layers or ""),
+            target=target,
+            metrics=_metrics(metrics, localized=annotations is not None),
+            space=space,
+            steps=steps,
+            insertion_from=insertion_from,
+            deletion_to=deletion_to,
+            road_shares=_shares(road),
+            tolerance=tolerance,
+            samples=samples,
+            radius=radius,
+            stages=stages,
+            device=_device(device),
+            dtype=getattr(torch, dtype),
+            batch_size=batch_size,
+            workers=workers,
+        )
+        with _stop_on_signal(out) as (stop, signals):
+            found = evaluation.run(
+                source,
+                loaded,
+                out,
+                options,
+                annotations,
+                overwrite=overwrite,
+                progress=progress,
+                stop=stop,
+            )
+        if found.result is not None and not json_progress:
+            evaluation.show(found.result)
+    _end(found.run, out, signals)
 
 
 @app.command("report")
@@ -393,14 +560,19 @@ def main() -> None:
 _OPTIONAL = ("torchvision", "timm", "transformers", "safetensors", "scikit-image")
 
 
-def _load(model: str, weights: str | None, class_names: Path | None) -> LoadedModel:
+def _load(
+    model: str, weights: str | None, class_names: Path | None, recipe: str = "model"
+) -> LoadedModel:
     from gradcampp_ext import models
+    from gradcampp_ext.imaging import ARTICLE, ARTICLE_FIT
 
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # package.module:factory may lie here
     loaded = models.load(model, weights=weights)
     if class_names is not None:
         loaded = replace(loaded, classes=models.read_classes(class_names))
+    if recipe != "model":
+        loaded = replace(loaded, recipe=ARTICLE if recipe == "article" else ARTICLE_FIT)
     return loaded
 
 
@@ -434,6 +606,27 @@ def _target(target: str, loaded: LoadedModel) -> int | Literal["label"] | None:
     if target == "predicted":
         return None
     return "label" if target == "label" else loaded.classes.index(target)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _metrics(text: str | None, *, localized: bool) -> list[str]:
+    from gradcampp_ext.evaluation import METRICS
+
+    if text is None:
+        return ["drop", "localization"] if localized else ["drop"]
+    if text == "all":
+        return [name for name in METRICS if localized or name != "localization"]
+    return _listed(text)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) / 100 for part in _listed(text)]
+    except ValueError:
+        raise typer.BadParameter(f"--road must be percentages, got {text!r}") from None
 
 
 def _size(size: str | None) -> tuple[int, int] | None:
@@ -499,6 +692,15 @@ def _stop_on_signal(out: Path) -> Iterator[tuple[threading.Event, list[int]]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end(summary: Summary, out: Path, signals: Sequence[int]) -> None:
+    """The exit code of a run over pictures."""
+    if summary.interrupted:
+        raise typer.Exit(128 + signals[0])
+    if summary.failed:
+        _say(f"{summary.failed} skipped, the reasons are in {out / 'errors.jsonl'}")
+        raise typer.Exit(FAILED)
 
 
 def _keep_freed_memory() -> None:

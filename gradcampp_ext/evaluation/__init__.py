@@ -14,7 +14,7 @@ from gradcampp_ext.evaluation.boxes import read_boxes
 from gradcampp_ext.evaluation.evaluator import Evaluator, Options
 from gradcampp_ext.evaluation.measures import MEASURES, METRICS
 from gradcampp_ext.evaluation.run import Evaluation, run
-from gradcampp_ext.evaluation.summary import markdown
+from gradcampp_ext.evaluation.summary import markdown, show
 
 __all__ = [
     "MEASURES",
@@ -25,4 +25,5 @@ __all__ = [
     "markdown",
     "read_boxes",
     "run",
+    "show",
 ]

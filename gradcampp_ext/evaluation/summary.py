@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from gradcampp_ext import _native
 from gradcampp_ext.evaluation.measures import MEASURES, WINS
@@ -166,6 +169,23 @@ def wins_table(result: Result, layer: str) -> tuple[list[str], list[list[str]]]:
         for method, row in zip(wins["methods"], wins["percent"], strict=True)
     ]
     return ["wins over", *wins["methods"]], rows
+
+
+def show(result: Result) -> None:
+    """Print the tables."""
+    terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, width=None if terminal else 240)
+    for layer in layers_of(result):
+        tables = [table(result, layer)]
+        if "wins" in result and len(result["settings"]["methods"]) > 1:
+            tables.append(wins_table(result, layer))
+        for titles, rows in tables:
+            drawn = Table(title=f"{layer}, {result['images']} pictures", title_justify="left")
+            for number, title in enumerate(titles):
+                drawn.add_column(title, justify="right" if number else "left")
+            for row in rows:
+                drawn.add_row(*row)
+            console.print(drawn)
 
 
 def markdown(result: Result) -> str:
