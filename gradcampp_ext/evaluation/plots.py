@@ -121,7 +121,7 @@ def _bars(result: dict[str, Any]) -> Figure:
                 [max(0.0, entries[m]["high"] - entries[m]["mean"]) for m in methods],
             ]
             places = np.arange(len(methods)) + (number - (len(layers) - 1) / 2) * width
-            axis.barh(places, means, width, xerr=reach, label=layer, color=f"C{number}",
+            axis.barh(places, means, width, xerr=reach, label=f"layer {layer}", color=f"C{number}",
                       error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
         definition = result["definitions"][measure]
         better = {"lower": ", lower is better", "higher": ", higher is better", None: ""}

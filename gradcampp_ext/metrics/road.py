@@ -74,10 +74,11 @@ def _solve(known: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     direction = z = precondition(residual)
     size = first = _dot(residual, z)
     for _ in range(_LIMIT):
-        if bool((size <= tolerance**2 * first).all()):
+        unsolved = size > tolerance**2 * first
+        if not unsolved.any():
             break
         moved = apply(direction)
-        step = _ratio(size, _dot(direction, moved))
+        step = unsolved * _ratio(size, _dot(direction, moved))
         x = x + step * direction
         residual = residual - step * moved
         z = precondition(residual)

@@ -100,6 +100,10 @@ class _Curve(_Mean):
         super().__init__(shape=(len(points),), **kwargs)
         self.points = list(points)
 
+    def update(self, probabilities: Tensor) -> None:
+        """Probabilities of the explained classes at each of the points, [N, points]."""
+        self._add(probabilities)
+
     def compute(self) -> Tensor:
         """The area under the mean curve, which is the mean area."""
         return perturbation.area(super().compute(), self.points)
@@ -113,7 +117,7 @@ class Insertion(_Curve):
     """Area under the insertion curve, arXiv:1806.07421.
 
     Args:
-        points: of `perturbation.schedule`; `update` takes probabilities [N, points].
+        points: of `perturbation.schedule`.
     """
 
 
