@@ -103,10 +103,15 @@ def means(result: dict, measure: str) -> dict[tuple[str, str], float]:
 
 
 def test_three_methods_cost_one_capture_and_three_forwards_an_image(pictures, model, tmp_path):
-    run(pictures, model, tmp_path / "out", methods=("gradcampp", "gradcam", "layercam"))
+    methods = ("gradcampp", "gradcam", "layercam")
+    run(pictures, model, tmp_path / "named", methods=methods, layers=("second",))
     # batches of 4 and 3 pictures: a capture each, and 12 and 9 masked images in batches of 4
     assert model.model.passes == [4, 4, 4, 4, 3, 4, 4, 1]
     assert sum(model.model.passes) == 7 * (1 + 3)
+    model.model.passes.clear()
+    run(pictures, model, tmp_path / "found", methods=methods)
+    # the first batch passes once more, to find the layer
+    assert model.model.passes == [4, 4, 4, 4, 4, 3, 4, 4, 1]
 
 
 def test_layers_share_a_capture_and_coherency_shares_the_pass(pictures, model, tmp_path):

@@ -6,13 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from gradcampp_ext.batch.sources import (
-    LABEL_COLUMNS,
-    PATH_COLUMNS,
-    SourceError,
-    label_key,
-    read_rows,
-)
+from gradcampp_ext.batch.items import LABEL_COLUMNS, PATH_COLUMNS, SourceError
+from gradcampp_ext.batch.sources import label_key, read_rows
 from gradcampp_ext.imaging import Box
 from gradcampp_ext.models import Classes
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gradcampp_ext.batch.sources import Source
+    from gradcampp_ext.batch.items import Source
     from gradcampp_ext.evaluation.evaluator import Evaluator
     from gradcampp_ext.models import LoadedModel
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
+from gradcampp_ext.batch.items import length
 from gradcampp_ext.batch.pipeline import Clock, Summary, Tally, chunks_of
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
@@ -22,7 +22,7 @@ from gradcampp_ext.evaluation.evaluator import Evaluator, Options
 from gradcampp_ext.evaluation.summary import files, summarize
 
 if TYPE_CHECKING:
-    from gradcampp_ext.batch.sources import Source
+    from gradcampp_ext.batch.items import Source
     from gradcampp_ext.evaluation.boxes import Annotations
     from gradcampp_ext.models import LoadedModel
 
@@ -78,7 +78,7 @@ def run(
     tally = Tally(progress)
     summary = tally.summary
     evaluator = Evaluator(model, options, boxes)
-    total = len(source) if isinstance(source, Sized) else None
+    total = length(source)
     workers = options.workers
     if workers is None:
         batches = None if total is None else -(-total // options.batch_size)
