@@ -72,8 +72,16 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
+def evaluation_demo() -> str:
+    """What `gradcampp evaluate` gave for the demo network, layer by layer."""
+    from gradcampp_ext.evaluation import markdown
+
+    return markdown(result("evaluation-demo"))
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "evaluation-demo": evaluation_demo,
 }
 
 
