@@ -315,6 +315,7 @@ def test_wrapped_models() -> None:
         assert torch.equal(Explainer(wrapped, model.late)(IMAGES).maps, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
 def test_model_with_a_compiled_part() -> None:
     model = Network().eval()
     expected = {name: Explainer(model, name)(IMAGES, 1).maps for name in ("norm", "late")}

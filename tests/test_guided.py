@@ -173,6 +173,7 @@ def test_compiled_parts_keep_the_rule() -> None:
     torch.testing.assert_close(guided.explain(model, IMAGES, 1).maps, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scripted_models_are_refused() -> None:
     model = Network(nn.ReLU())
     with pytest.raises(ValueError, match="model is scripted or traced"):
