@@ -175,7 +175,7 @@ class Emulator:
             return [*values[1:4], *pad, *values[4:]]
 
         request = [
-            *(2, seed, 4, 65536, 131072, DTYPES.index(gradients.dtype), len(gradients)),
+            *(2, seed, *astuple(Device()), DTYPES.index(gradients.dtype), len(gradients)),
             *dims(sums.shape),
             *(gradients.stride(0), *dims(gradients.stride())),
             *(sums.stride(0), *dims(sums.stride())),
@@ -197,7 +197,7 @@ class Emulator:
         space = activations.shape[2:]
         pad = 3 - len(space)
         request = [
-            *(3, seed, 4, 65536, 131072, DTYPES.index(activations.dtype), *sums.shape[1:4]),
+            *(3, seed, *astuple(Device()), DTYPES.index(activations.dtype), *sums.shape[1:4]),
             *([1] * pad + list(space)),
             *activations.stride()[:2],
             *([0] * pad + list(activations.stride()[2:])),
