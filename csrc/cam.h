@@ -55,6 +55,20 @@ struct CamArguments {
   bool resized() const { return space[0] != size[0] || space[1] != size[1] || space[2] != size[2]; }
 };
 
+// The backward pass of the op at feature resolution. Derivatives of a loss by activations and
+// gradients have their dtype and any strides; a null pointer means not wanted.
+struct CamGradientArguments {
+  CamArguments forward;       // without its outputs; attention is made of other methods' passes
+  const void* map_gradients;  // [N, K, *space] contiguous, by the raw maps, of the maps' type
+
+  void* by_activations;  // [N, C, *space]
+  int64_t by_activation_sample, by_activation_channel, by_activation_space[kSpaceDims];
+
+  void* by_gradients;  // [N, K, C, *space]
+  int64_t by_gradient_sample, by_gradient_target, by_gradient_channel,
+      by_gradient_space[kSpaceDims];
+};
+
 // Colour maps over images, one byte a channel: (1 - alpha) image + alpha table[map].
 struct OverlayArguments {
   int64_t samples, height, width;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradcampp_ext import _native, checks, methods
+from gradcampp_ext.differentiable import Cam, Options
 
 _LIBRARY = torch.library.Library("gradcampp_ext", "DEF")
 _LIBRARY.define(
@@ -21,6 +22,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "channel_weights(Tensor activations, Tensor gradients, str method, bool rectify, float eps, "
     "float temperature) -> Tensor"
+)
+_LIBRARY.define(
+    "cam_backward(Tensor map_gradients, Tensor activations, Tensor gradients, str method, "
+    "bool rectify, float eps, bool by_activations, bool by_gradients) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "overlay(Tensor images, Tensor maps, Tensor table, float image_weight, "
@@ -64,6 +69,23 @@ def _channel_weights_fake(
     temperature: float,
 ) -> Tensor:
     return activations.new_empty(gradients.shape[:3], dtype=_map_dtype(activations))
+
+
+@torch.library.register_fake("gradcampp_ext::cam_backward")
+def _cam_backward_fake(
+    map_gradients: Tensor,
+    activations: Tensor,
+    gradients: Tensor,
+    method: str,
+    rectify: bool,
+    eps: float,
+    by_activations: bool,
+    by_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(activations) if by_activations else activations.new_empty(0),
+        torch.empty_like(gradients) if by_gradients else gradients.new_empty(0),
+    )
 
 
 @torch.library.register_fake("gradcampp_ext::overlay")
@@ -131,8 +153,9 @@ def cam(
 
     Returns:
         [N, *size] for gradients [N, C, *S], [N, K, *size] for [N, K, C, *S]; float32, or float64
-        for float64 input; in [0, 1] if normalised and ``relu``. Detached. A sample and target
-        with a non-finite activation or gradient gives NaN throughout its map, and no other.
+        for float64 input; in [0, 1] if normalised and ``relu``. A sample and target with a
+        non-finite activation or gradient gives NaN throughout its map, and no other. The maps can
+        be differentiated by activations and gradients, once, for a loss that guides them.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -141,9 +164,7 @@ def cam(
     row = methods.get(method)
     single, gradients = check_pair(activations, gradients)
     checks.options(normalize, interpolation)
-    maps: Tensor = torch.ops.gradcampp_ext.cam(
-        activations.detach(),
-        gradients.detach(),
+    options = Options(
         method,
         None if size is None else checks.size(size, activations.dim() - 2),
         normalize or "none",
@@ -153,6 +174,10 @@ def cam(
         checks.eps(row, eps),
         checks.temperature(temperature),
     )
+    if torch.is_grad_enabled() and (activations.requires_grad or gradients.requires_grad):
+        maps: Tensor = Cam.apply(activations, gradients, options)
+    else:
+        maps = torch.ops.gradcampp_ext.cam(activations, gradients, *options)
     return maps.squeeze(1) if single else maps
 
 

@@ -11,6 +11,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/options.h"
@@ -90,6 +91,50 @@ inline std::vector<int64_t> output_shape(CamArguments& args, int64_t dims,
     shape.push_back(length);
   }
   return shape;
+}
+
+struct CamGradients {
+  CamGradientArguments args;
+  Tensor by_activations, by_gradients;  // like activations and gradients; empty if not wanted
+};
+
+// The backward pass, from the gradients of a loss by the raw maps, [N, K, *S].
+inline CamGradients make_gradient_arguments(const Tensor& map_gradients, const Tensor& activations,
+                                            const Tensor& gradients, bool by_activations,
+                                            bool by_gradients) {
+  CamGradientArguments args{};
+  args.forward = make_arguments(activations, gradients);
+  const int64_t dims = activations.dim() - 2;
+  bool fits = map_gradients.scalar_type() == map_dtype(activations) &&
+              map_gradients.is_contiguous() && map_gradients.dim() == dims + 2 &&
+              map_gradients.size(0) == args.forward.samples &&
+              map_gradients.size(1) == args.forward.targets;
+  for (int64_t d = 0; fits && d < dims; ++d) {
+    fits = map_gradients.size(2 + d) == activations.size(2 + d);
+  }
+  STD_TORCH_CHECK(fits, "map_gradients must be a contiguous [N, K, *S] of the maps' dtype");
+  args.map_gradients = map_gradients.const_data_ptr();
+  CamGradients made{args, by_activations ? torch::stable::empty_like(activations)
+                                         : torch::stable::new_empty(activations, {0}),
+                    by_gradients ? torch::stable::empty_like(gradients)
+                                 : torch::stable::new_empty(gradients, {0})};
+  auto strides = [&](const Tensor& tensor, int64_t first, int64_t (&to)[kSpaceDims]) {
+    for (int64_t d = 0; d < dims; ++d) to[kSpaceDims - dims + d] = tensor.stride(first + d);
+  };
+  if (by_activations) {
+    made.args.by_activations = made.by_activations.mutable_data_ptr();
+    made.args.by_activation_sample = made.by_activations.stride(0);
+    made.args.by_activation_channel = made.by_activations.stride(1);
+    strides(made.by_activations, 2, made.args.by_activation_space);
+  }
+  if (by_gradients) {
+    made.args.by_gradients = made.by_gradients.mutable_data_ptr();
+    made.args.by_gradient_sample = made.by_gradients.stride(0);
+    made.args.by_gradient_target = made.by_gradients.stride(1);
+    made.args.by_gradient_channel = made.by_gradients.stride(2);
+    strides(made.by_gradients, 3, made.args.by_gradient_space);
+  }
+  return made;
 }
 
 // uint8 [N, H, W, 3] over images [N, H, W, 3] of any strides and float maps [N, H, W].

@@ -62,6 +62,24 @@ Tensor channel_weights(const Tensor& activations, const Tensor& gradients,
   return weights;
 }
 
+std::tuple<Tensor, Tensor> cam_backward(const Tensor& map_gradients, const Tensor& activations,
+                                        const Tensor& gradients, const std::string& method,
+                                        bool rectify, double eps, bool by_activations,
+                                        bool by_gradients) {
+  CamGradients made = make_gradient_arguments(map_gradients, activations, gradients,
+                                              by_activations, by_gradients);
+  CamArguments& forward = made.args.forward;
+  forward.method = parse_method(method);
+  STD_TORCH_CHECK(forward.method != Method::kAttention, "attention has no pass of its own");
+  forward.rectify = rectify;
+  forward.eps = eps;
+  if (gradients.numel() > 0) {
+    STD_TORCH_CHECK(kernels().cam_gradient(made.args, torch_threads()),
+                    "out of memory for the workspace");
+  }
+  return {made.by_activations, made.by_gradients};
+}
+
 Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, double image_weight,
                double heatmap_weight) {
   OverlayArguments args = make_overlay_arguments(images, maps, table, image_weight, heatmap_weight);
@@ -99,6 +117,7 @@ std::string cpu_capabilities() { return cpu_kernels_available(); }
 STABLE_TORCH_LIBRARY_IMPL(gradcampp_ext, CPU, m) {
   m.impl("cam", TORCH_BOX(&gradcampp::cam));
   m.impl("channel_weights", TORCH_BOX(&gradcampp::channel_weights));
+  m.impl("cam_backward", TORCH_BOX(&gradcampp::cam_backward));
   m.impl("overlay", TORCH_BOX(&gradcampp::overlay));
   m.impl("add_powers", TORCH_BOX(&gradcampp::add_powers));
   m.impl("power_weights", TORCH_BOX(&gradcampp::power_weights));

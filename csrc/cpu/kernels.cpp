@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "cpu/finish.h"
+#include "cpu/gradients.h"
 #include "cpu/overlay.h"
 #include "cpu/powers.h"
 #include "cpu/steps.h"
@@ -513,6 +514,7 @@ bool cam(const CamArguments& args, const Parallel& parallel) {
 extern const CpuKernels kKernels;
 #define GCPP_STRING_(x) #x
 #define GCPP_STRING(x) GCPP_STRING_(x)
-const CpuKernels kKernels = {GCPP_STRING(GCPP_TARGET), cam, overlay, add_powers, power_weights};
+const CpuKernels kKernels = {GCPP_STRING(GCPP_TARGET), cam,        cam_gradient, overlay,
+                             add_powers, power_weights};
 
 }  // namespace gradcampp::GCPP_TARGET

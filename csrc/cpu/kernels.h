@@ -21,6 +21,7 @@ struct Parallel {
 struct CpuKernels {
   const char* name;
   bool (*cam)(const CamArguments&, const Parallel&);
+  bool (*cam_gradient)(const CamGradientArguments&, const Parallel&);
   void (*overlay)(const OverlayArguments&, const Parallel&);
   void (*add_powers)(const AddPowersArguments&, const Parallel&);
   void (*power_weights)(const PowerWeightsArguments&, const Parallel&);
