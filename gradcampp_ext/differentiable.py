@@ -116,11 +116,12 @@ def _unresized(by_maps: Tensor, raw: Tensor, options: Options) -> Tensor:
         return by_maps
     dims = len(space)
     aten: Any = torch.ops.aten
+    arguments: list[bool] = []
     if options.interpolation == "nearest":
-        name, arguments = f"upsample_nearest{dims}d_backward", ()
+        name = f"upsample_nearest{dims}d_backward"
     else:
-        kind = ("linear", "bilinear", "trilinear")[dims - 1]
-        name, arguments = f"upsample_{kind}{dims}d_backward", (False,)
+        name = f"upsample_{('linear', 'bilinear', 'trilinear')[dims - 1]}{dims}d_backward"
+        arguments.append(False)  # align_corners
     by_cells: Tensor = getattr(aten, name)(by_maps.contiguous(), size, list(raw.shape), *arguments)
     return by_cells
 

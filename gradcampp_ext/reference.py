@@ -54,7 +54,7 @@ def channel_weights(
     if method == "gradcampp":
         w = torch.where(g > 0, alpha(g, total, eps), 0.0).sum(space)
     elif method == "gradcampp_normalized":
-        alphas = torch.where(g > 0, alpha(g, total, eps) / g, 0.0)
+        alphas = torch.where(g > 0, alpha(g, total, eps) / torch.where(g > 0, g, 1.0), 0.0)
         norm = alphas.sum(space, keepdim=True)
         alphas = alphas / torch.where(norm == 0, 1.0, norm)
         w = (alphas * g.relu()).sum(space)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradcampp_ext import reference
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Relative L2 error of a map before normalisation (the accuracy that the package promises).
 TOLERANCE = {dtype: 1e-12 if dtype == torch.float64 else 2e-6 for dtype in DTYPES}
+# Of derivatives, which are rounded to the dtype of what they are derivatives by.
+GRADIENT_TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "tokens", "transposed", "offset")
 
 
@@ -70,3 +80,16 @@ def error(actual: Tensor, expected: Tensor) -> float:
     """Relative L2 error; the absolute one where everything expected is zero."""
     norm = expected.norm().item()
     return (actual.double().cpu() - expected.cpu()).norm().item() / (norm or 1.0)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of maps."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def derivatives(by_maps: Tensor, a: Tensor, g: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """By activations and gradients, from those by the maps: autograd through the oracle."""
+    leaves = [x.detach().double().requires_grad_() for x in (a, g)]
+    maps = reference.cam(*leaves, **options)
+    by_a, by_g = torch.autograd.grad(maps, leaves, by_maps.double(), allow_unused=True)
+    return by_a, by_g

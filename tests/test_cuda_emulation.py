@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from emulation.emulation import Device, EmulationError, Emulator, build, build_changed, compiler
-from samples import DTYPES, LAYOUTS, TOLERANCE, error, make_pair
+from samples import (
+    DTYPES,
+    GRADIENT_TOLERANCE,
+    LAYOUTS,
+    TOLERANCE,
+    accumulator,
+    derivatives,
+    error,
+    make_pair,
+)
 
 from gradcampp_ext import methods, reference
 
@@ -361,6 +370,34 @@ def test_smooth_gradcampp_of_expanded_sums_and_bad_values(emulator):
         other[0, 3, 1, 1] = bad
         weights = emulator.power_weights(other, sums.expand(3, *spread.shape[1:]), 3)
         assert weights[0, :, 3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if m != "attention"])
+def test_backward(emulator, method, dtype):
+    # a warp to a channel, a block to a channel, neighbouring channels: also ragged ones
+    for seed, (shape, targets, layout) in enumerate(
+        [
+            ((2, 37, 5, 5), 2, "contiguous"),
+            ((1, 3, 20, 17), 1, "sliced"),
+            ((2, 35, 4, 6), 3, "channels_last"),
+            ((1, 8, 3, 3), 2, "transposed"),
+        ]
+    ):
+        signed = method != "xgradcam"  # which divides by the sum of the activations
+        a, g = make_pair(
+            shape, targets=targets, dtype=dtype, layout=layout, signed=signed, scale=1.0
+        )
+        by_maps = torch.randn(*g.shape[:2], *a.shape[2:], dtype=accumulator(dtype))
+        row = methods.get(method)
+        arguments = (method, row.rectify, row.eps or 0.0)
+        expected = derivatives(by_maps, a, g, method=method, normalize=None, relu=False)
+        found = emulator.cam_backward(by_maps, a, g, *arguments, seed=seed)
+        for actual, truth in zip(found, expected, strict=True):
+            assert error(actual, truth) <= GRADIENT_TOLERANCE[dtype]
+        only_g = emulator.cam_backward(by_maps, a, g, *arguments, by_activations=False, seed=seed)
+        assert only_g[0].numel() == 0
+        assert torch.equal(only_g[1], found[1])
 
 
 FUSED, BLOCK, FINISH = "cuda/fused.cuh", "cuda/block.cuh", "cuda/finish.cuh"

@@ -114,8 +114,9 @@ inline CamGradients make_gradient_arguments(const Tensor& map_gradients, const T
   }
   STD_TORCH_CHECK(fits, "map_gradients must be a contiguous [N, K, *S] of the maps' dtype");
   args.map_gradients = map_gradients.const_data_ptr();
-  CamGradients made{args, by_activations ? torch::stable::empty_like(activations)
-                                         : torch::stable::new_empty(activations, {0}),
+  CamGradients made{args,
+                    by_activations ? torch::stable::empty_like(activations)
+                                   : torch::stable::new_empty(activations, {0}),
                     by_gradients ? torch::stable::empty_like(gradients)
                                  : torch::stable::new_empty(gradients, {0})};
   auto strides = [&](const Tensor& tensor, int64_t first, int64_t (&to)[kSpaceDims]) {

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> cam_backward(const Tensor& map_gradients, const Tenso
                                         const Tensor& gradients, const std::string& method,
                                         bool rectify, double eps, bool by_activations,
                                         bool by_gradients) {
-  CamGradients made = make_gradient_arguments(map_gradients, activations, gradients,
-                                              by_activations, by_gradients);
+  CamGradients made =
+      make_gradient_arguments(map_gradients, activations, gradients, by_activations, by_gradients);
   CamArguments& forward = made.args.forward;
   forward.method = parse_method(method);
   STD_TORCH_CHECK(forward.method != Method::kAttention, "attention has no pass of its own");

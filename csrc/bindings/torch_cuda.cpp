@@ -73,6 +73,29 @@ Tensor channel_weights_cuda(const Tensor& activations, const Tensor& gradients,
   return weights;
 }
 
+std::tuple<Tensor, Tensor> cam_backward_cuda(const Tensor& map_gradients, const Tensor& activations,
+                                             const Tensor& gradients, const std::string& method,
+                                             bool rectify, double eps, bool by_activations,
+                                             bool by_gradients) {
+  check_device(gradients, activations, "gradients must be on the device of activations");
+  check_device(map_gradients, activations, "map_gradients must be on the device of activations");
+  const DeviceGuard guard(activations.get_device_index());
+  CamGradients made =
+      make_gradient_arguments(map_gradients, activations, gradients, by_activations, by_gradients);
+  CamArguments& forward = made.args.forward;
+  forward.method = parse_method(method);
+  STD_TORCH_CHECK(forward.method != Method::kAttention, "attention has no pass of its own");
+  forward.rectify = rectify;
+  forward.eps = eps;
+  if (gradients.numel() > 0) {
+    const Tensor workspace = torch::stable::new_empty(
+        activations, {gradient_workspace_bytes(made.args)}, ScalarType::Byte);
+    STD_CUDA_CHECK(
+        cam_gradient(made.args, workspace.mutable_data_ptr(), current_stream(activations)));
+  }
+  return {made.by_activations, made.by_gradients};
+}
+
 Tensor overlay_cuda(const Tensor& images, const Tensor& maps, const Tensor& table,
                     double image_weight, double heatmap_weight) {
   check_device(maps, images, "maps must be on the device of images");
@@ -114,6 +137,7 @@ Tensor power_weights_cuda(const Tensor& activations, const Tensor& sums, int64_t
 STABLE_TORCH_LIBRARY_IMPL(gradcampp_ext, CUDA, m) {
   m.impl("cam", TORCH_BOX(&gradcampp::cam_cuda));
   m.impl("channel_weights", TORCH_BOX(&gradcampp::channel_weights_cuda));
+  m.impl("cam_backward", TORCH_BOX(&gradcampp::cam_backward_cuda));
   m.impl("overlay", TORCH_BOX(&gradcampp::overlay_cuda));
   m.impl("add_powers", TORCH_BOX(&gradcampp::add_powers_cuda));
   m.impl("power_weights", TORCH_BOX(&gradcampp::power_weights_cuda));

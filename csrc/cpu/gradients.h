@@ -160,9 +160,8 @@ class CamGradient {
         });
       }
       if (args_.by_gradients == nullptr) continue;
-      place<S>(args_.by_gradients,
-               n * args_.by_gradient_sample + k * args_.by_gradient_target, first,
-               args_.by_gradient_channel, args_.by_gradient_space)
+      place<S>(args_.by_gradients, n * args_.by_gradient_sample + k * args_.by_gradient_target,
+               first, args_.by_gradient_channel, args_.by_gradient_space)
           .each(count, cam_.space,
                 [&](int64_t c, int64_t x, S& element) { narrow(g[c * row + x], &element); });
     }

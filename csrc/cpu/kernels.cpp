@@ -514,7 +514,7 @@ bool cam(const CamArguments& args, const Parallel& parallel) {
 extern const CpuKernels kKernels;
 #define GCPP_STRING_(x) #x
 #define GCPP_STRING(x) GCPP_STRING_(x)
-const CpuKernels kKernels = {GCPP_STRING(GCPP_TARGET), cam,        cam_gradient, overlay,
-                             add_powers, power_weights};
+const CpuKernels kKernels = {
+    GCPP_STRING(GCPP_TARGET), cam, cam_gradient, overlay, add_powers, power_weights};
 
 }  // namespace gradcampp::GCPP_TARGET

@@ -19,6 +19,11 @@ cudaError_t workspace_bytes(const CamArguments& arguments, int64_t* bytes);
 
 cudaError_t cam(const CamArguments& arguments, void* workspace, cudaStream_t stream);
 
+// The backward pass; the workspace is cam()'s in all but size.
+int64_t gradient_workspace_bytes(const CamGradientArguments& arguments);
+cudaError_t cam_gradient(const CamGradientArguments& arguments, void* workspace,
+                         cudaStream_t stream);
+
 cudaError_t overlay(const OverlayArguments& arguments, cudaStream_t stream);
 
 cudaError_t add_powers(const AddPowersArguments& arguments, cudaStream_t stream);

@@ -106,7 +106,7 @@ void strides(int64_t (&to)[gradcampp::kSpaceDims]) {
   for (int64_t& stride : to) stride = number();
 }
 
-void run_cam() {
+gradcampp::CamArguments cam_tensors() {
   gradcampp::CamArguments args{};
   args.dtype = static_cast<gradcampp::ScalarType>(number());
   args.samples = number();
@@ -120,6 +120,11 @@ void run_cam() {
   args.gradient_target = number();
   args.gradient_channel = number();
   strides(args.gradient_space);
+  return args;
+}
+
+void run_cam() {
+  gradcampp::CamArguments args = cam_tensors();
   args.method = static_cast<gradcampp::Method>(number());
   args.rectify = number() != 0;
   args.eps = real();
@@ -235,10 +240,43 @@ void run_power_weights() {
   output.send();
 }
 
+// Both derivatives come back as one piece of memory.
+void run_cam_gradient() {
+  gradcampp::CamGradientArguments args{};
+  args.forward = cam_tensors();
+  args.forward.method = static_cast<gradcampp::Method>(number());
+  args.forward.rectify = number() != 0;
+  args.forward.eps = real();
+  args.by_activation_sample = number();
+  args.by_activation_channel = number();
+  strides(args.by_activation_space);
+  args.by_gradient_sample = number();
+  args.by_gradient_target = number();
+  args.by_gradient_channel = number();
+  strides(args.by_gradient_space);
+  const int64_t activation_bytes = number(), gradient_bytes = number();
+  const int64_t map_offset = number(), activation_offset = number(), gradient_offset = number();
+  const Storage maps, activations, gradients;
+  args.map_gradients = maps.at<void>(map_offset);
+  args.forward.activations = activations.at<void>(activation_offset);
+  args.forward.gradients = gradients.at<void>(gradient_offset);
+  const Result by_activations(activation_bytes), by_gradients(gradient_bytes);
+  args.by_activations = activation_bytes > 0 ? by_activations.data() : nullptr;
+  args.by_gradients = gradient_bytes > 0 ? by_gradients.data() : nullptr;
+  const int64_t bytes = gradcampp::gradient_workspace_bytes(args);
+  const Result workspace(bytes);
+  put(gradcampp::cam_gradient(args, workspace.data(), nullptr));
+  put(bytes);
+  put(emulation::launches);
+  by_activations.send();
+  by_gradients.send();
+}
+
 }  // namespace
 
 int main() {
-  void (*const run[])() = {run_cam, run_overlay, run_add_powers, run_power_weights};
+  void (*const run[])() = {run_cam, run_overlay, run_add_powers, run_power_weights,
+                           run_cam_gradient};
   for (;;) {
     const int64_t op = number();
     emulation::seed = static_cast<uint64_t>(number());

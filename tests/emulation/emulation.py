@@ -134,12 +134,7 @@ class Emulator:
         pixels = tuple(space) if size is None else size
         request = [
             *(0, seed, *astuple(device)),
-            *(DTYPES.index(activations.dtype), g.shape[0], g.shape[1], g.shape[2]),
-            *([1] * pad + list(space)),
-            *activations.stride()[:2],
-            *([0] * pad + list(activations.stride()[2:])),
-            *g.stride()[:3],
-            *([0] * pad + list(g.stride()[3:])),
+            *self._tensors(activations, g),
             *(METHODS.index(method), row.rectify if rectify is None else rectify),
             *((row.eps or 0.0) if eps is None else float(eps), float(temperature), weights),
             *([1] * pad + list(pixels)),
@@ -209,6 +204,52 @@ class Emulator:
         dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32
         return self._call(_pack(request), [activations, sums], tuple(sums.shape[1:4]), dtype)
 
+    def cam_backward(
+        self,
+        map_gradients: Tensor,
+        activations: Tensor,
+        gradients: Tensor,
+        method: str,
+        rectify: bool,
+        eps: float,
+        by_activations: bool = True,
+        by_gradients: bool = True,
+        seed: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = (by_activations, by_gradients)
+        like = [torch.empty_like(activations), torch.empty_like(gradients)]
+        sizes = [x.numel() if want else 0 for x, want in zip(like, wanted, strict=True)]
+        request = [
+            *(4, seed, *astuple(Device())),
+            *self._tensors(activations, gradients),
+            *(METHODS.index(method), rectify, float(eps)),
+            *_strides(like[0], 2),
+            *_strides(like[1], 3),
+            *(size * activations.element_size() for size in sizes),
+            *(
+                x.storage_offset() * x.element_size()
+                for x in (map_gradients, activations, gradients)
+            ),
+        ]
+        tensors = [map_gradients, activations, gradients]
+        memory = self._call(_pack(request), tensors, (sum(sizes),), activations.dtype)
+        parts = memory.split(sizes)
+        return tuple(
+            part.as_strided(x.shape, x.stride()) if want else part
+            for part, x, want in zip(parts, like, wanted, strict=True)
+        )  # type: ignore[return-value]
+
+    @staticmethod
+    def _tensors(activations: Tensor, gradients: Tensor) -> list[int]:
+        """dtype, sizes and strides of activations [N, C, *S] and gradients [N, K, C, *S]."""
+        space = activations.shape[2:]
+        return [
+            *(DTYPES.index(activations.dtype), *gradients.shape[:3]),
+            *([1] * (3 - len(space)) + list(space)),
+            *_strides(activations, 2),
+            *_strides(gradients, 3),
+        ]
+
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -247,6 +288,12 @@ class Emulator:
                 torch.frombuffer(bytearray(body), dtype=torch.uint8)
             )
         return out
+
+
+def _strides(x: Tensor, first: int) -> list[int]:
+    """Strides with those of space, from dimension ``first`` on, filled up to three."""
+    strides = list(x.stride())
+    return [*strides[:first], *([0] * (first + 3 - x.dim())), *strides[first:]]
 
 
 def _pack(values: list[float]) -> bytes:
