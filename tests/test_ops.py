@@ -308,10 +308,10 @@ def test_compiles_without_graph_break(device):
         torch.testing.assert_close(compiled(a[:batch], g[:batch]), explain(a[:batch], g[:batch]))
 
 
-def test_output_is_detached():
+def test_channel_weights_are_detached():
     a, g = make_pair((1, 4, 3, 3))
     a.requires_grad_()
-    assert not gx.cam(a, g).requires_grad
+    assert not gx.channel_weights(a, g).requires_grad
 
 
 @pytest.mark.parametrize(
