@@ -15,13 +15,15 @@
 namespace gradcampp::GCPP_TARGET {
 namespace {
 
-// Channels of a tile, whose activations are read twice: a few rows that stay in L2 where positions
-// are neighbours; where channels are, all of them, so that memory is read in order, as long as the
-// tile stays in a core's share of L3.
-constexpr int64_t kRowChannels = 16, kMostRowChannels = 64;
+// Channels of a tile, whose activations are read twice. Where positions are neighbours: a few rows,
+// so that L2 holds this tile and the next one, which is asked for meanwhile. Where channels are:
+// all of them, so that memory is read in order, as long as the tile stays in a core's share of L3.
+constexpr int64_t kMostRowChannels = 64;
 constexpr int64_t kRowTileBytes = 32 * 1024;
 constexpr int64_t kLineChannels = 64;
 constexpr int64_t kTileBytes = 4 * 1024 * 1024;
+// A slice of fewer channels is not worth a map of its own.
+constexpr int64_t kSliceChannels = 16;
 // Under this many bytes a second thread costs more than it saves.
 constexpr int64_t kBytesPerWorker = 32 * 1024;
 
@@ -95,9 +97,7 @@ class Cam {
     if (workspace == nullptr) return false;
     Arena arena(workspace);
     lay_out(arena);
-    for (int64_t x = 0; x < args_.size[2]; ++x) {
-      columns_[x] = source<T>(x, args_.space[2], args_.size[2], args_.interpolation);
-    }
+    if (resizes()) resize_.prepare();
     if (slices_ == 1) {
       each_worker<&Cam::do_samples>();
     } else {
@@ -108,7 +108,7 @@ class Cam {
       }
       if (args_.maps != nullptr) {
         each_worker<&Cam::finish_maps>();
-        if (args_.resized()) each_worker<&Cam::resize_rows>();
+        if (resizes()) each_worker<&Cam::resize_rows>();
       }
     }
     free_workspace(workspace);
@@ -126,7 +126,7 @@ class Cam {
     T* staged_g;    // [tile, positions]
     T* maps;        // [targets, map_stride]: where a worker has whole samples
     T* attention;   // likewise
-    T* stretched;   // four rows of the output
+    T* stretched;   // four rows of the output, padded
   };
 
   // ---- choices ----
@@ -190,8 +190,7 @@ class Cam {
     positions_ = args_.positions();
     map_stride_ = padded<T>(positions_);
     const int64_t row_bytes = positions_ * static_cast<int64_t>(sizeof(S));
-    tile_ = smaller(larger(kRowTileBytes / row_bytes / kRowChannels, 1) * kRowChannels,
-                    kMostRowChannels);
+    tile_ = smaller(larger(kRowTileBytes / row_bytes / 4, 1) * 4, kMostRowChannels);
     if (!stage_a_ && a_walk_.order == Order::kChannelInner) {
       tile_ = larger(kTileBytes / row_bytes / kLineChannels, 1) * kLineChannels;
     }
@@ -206,7 +205,7 @@ class Cam {
     slices_ = 1;
     if (args_.samples < 4 * workers_) {  // whole samples would leave a worker waiting
       slices_ = workers_ / common_divisor(args_.samples, workers_);
-      slices_ = larger(1, smaller(slices_, args_.channels / kRowChannels));
+      slices_ = larger(1, smaller(slices_, args_.channels / kSliceChannels));
     }
   }
 
@@ -215,6 +214,7 @@ class Cam {
   Scratch carve(Arena& arena) const {
     const int64_t whole_maps = slices_ == 1 ? args_.targets * map_stride_ : 0;
     const int64_t staged = tile_ * positions_ + kLanes<T>;
+    const int64_t width = Resize<T>::packs(args_.size[2]) * kLanes<T>;
     Scratch scratch;
     scratch.totals = arena.take<T>(tile_stride_);
     scratch.second = arena.take<T>(tile_stride_);
@@ -223,7 +223,7 @@ class Cam {
     scratch.staged_g = arena.take<T>(stage_g_ ? staged : 0);
     scratch.maps = arena.take<T>(whole_maps);
     scratch.attention = arena.take<T>(attention_ ? whole_maps : 0);
-    scratch.stretched = arena.take<T>(4 * rounded_up(args_.size[2], kLanes<T>));
+    scratch.stretched = arena.take<T>(resizes() ? 4 * width : 0);
     return scratch;
   }
 
@@ -240,7 +240,18 @@ class Cam {
     const int64_t cells = slices_ == 1 ? 0 : args_.samples * args_.targets * map_stride_;
     slice_maps_ = arena.take<T>(slices_ * cells);
     attention_maps_ = arena.take<T>(attention_ ? cells : 0);
-    columns_ = arena.take<Source<T>>(args_.size[2]);
+    if (!resizes()) return;
+    const int64_t packs = Resize<T>::packs(args_.size[2]), width = packs * kLanes<T>;
+    resize_ = {args_.space,
+               args_.size,
+               args_.interpolation,
+               arena.take<Source<T>>(args_.size[0]),
+               arena.take<Source<T>>(args_.size[1]),
+               arena.take<int64_t>(packs),
+               arena.take<Integer<T>>(width),
+               arena.take<Integer<T>>(width),
+               arena.take<T>(width),
+               false};
   }
 
   // ---- workers ----
@@ -275,8 +286,8 @@ class Cam {
         T* map = own.maps + k * map_stride_;
         finish_map(map, positions_, args_.relu, args_.normalize);
         T* output = static_cast<T*>(args_.maps) + (n * args_.targets + k) * args_.pixels();
-        if (args_.resized()) {
-          resize().rows(map, 0, args_.size[0] * args_.size[1], own.stretched, output);
+        if (resizes()) {
+          resize_.resize(map, 0, args_.size[0] * args_.size[1], own.stretched, output);
         } else {
           memcpy(output, map, map_bytes());
         }
@@ -313,7 +324,7 @@ class Cam {
     share(args_.samples * args_.targets, worker, [&](int64_t i) {
       T* map = combined(i);
       finish_map(map, positions_, args_.relu, args_.normalize);
-      if (!args_.resized()) {
+      if (!resizes()) {
         memcpy(static_cast<T*>(args_.maps) + i * positions_, map, map_bytes());
       }
     });
@@ -327,9 +338,9 @@ class Cam {
     for (int64_t row = maps * rows * worker / workers_; row < end;) {
       const int64_t i = row / rows;
       const int64_t last = smaller(end, (i + 1) * rows);
-      resize().rows(slice_map(i / args_.targets * slices_, i % args_.targets), row - i * rows,
-                    last - i * rows, own.stretched,
-                    static_cast<T*>(args_.maps) + i * args_.pixels());
+      resize_.resize(slice_map(i / args_.targets * slices_, i % args_.targets), row - i * rows,
+                     last - i * rows, own.stretched,
+                     static_cast<T*>(args_.maps) + i * args_.pixels());
       row = last;
     }
   }
@@ -341,7 +352,7 @@ class Cam {
   T* slice_map(int64_t unit, int64_t k) const {
     return slice_maps_ + (unit * args_.targets + k) * map_stride_;
   }
-  Resize<T> resize() const { return {args_.space, args_.size, args_.interpolation, columns_}; }
+  bool resizes() const { return args_.maps != nullptr && args_.resized(); }
 
   // The maps of the slices of map i, added up in the first of them.
   T* combined(int64_t i) const {
@@ -399,8 +410,9 @@ class Cam {
     clear(maps);
     each_tile(begin, end, [&](int64_t c, int64_t width) {
       with_activations(n, c, width, own, [&](auto a) {
-        if (total_ && activation_totals<false>(a, floor_, own.totals)) {
-          activation_totals<true>(a, floor_, own.totals);
+        const Ahead rest(gradients(n, 0, c) + width * positions_ / 2);
+        if (total_ && activation_totals<false>(a, floor_, rest, own.totals)) {
+          activation_totals<true>(a, floor_, rest, own.totals);
         }
         for (int64_t k = 0; k < args_.targets; ++k) {
           weigh_target(n, k, c, width, a, own, maps + k * map_stride_);
@@ -409,17 +421,17 @@ class Cam {
         if (args_.weights != nullptr && !attention_) {
           put_weights(n, c, width, own.weights);
         } else {
-          add(a, own, maps);
+          add(a, Ahead(gradients(n, 0, c + width)), own, maps);
         }
       });
     });
   }
 
   template <class A>
-  void add(const Tile<A>& a, const Scratch& own, T* maps) const {
+  void add(const Tile<A>& a, Ahead ahead, const Scratch& own, T* maps) const {
     // Totals have shown what rectifying hides; without it nothing is hidden.
     auto step = total_ || !args_.rectify ? add_weighted<false, A> : add_weighted<true, A>;
-    step(a, floor_, own.weights, tile_stride_, args_.targets, maps, map_stride_);
+    step(a, floor_, own.weights, tile_stride_, args_.targets, ahead, maps, map_stride_);
   }
 
   template <class A>
@@ -427,6 +439,7 @@ class Cam {
                     const Scratch& own, T* map) const {
     const S* data = gradients(n, k, c);
     T* weights = own.weights + k * tile_stride_;
+    const Ahead ahead(k + 1 < args_.targets ? gradients(n, k + 1, c) : activations(n, c + width));
     if (stage_g_) {
       const Tile<T> g = stage(data, g_walk_, width, own.staged_g);
       // A rule that reads A too has it staged as well; for the others any tile will do.
@@ -435,7 +448,7 @@ class Cam {
       if (elementwise_) {
         staged_elements_(g, beside, floor_, map);
       } else {
-        staged_weights_(g, beside, own.totals, floor_, T(args_.eps), own.second, weights);
+        staged_weights_(g, beside, own.totals, floor_, T(args_.eps), ahead, own.second, weights);
       }
     } else {
       const Tile<S> g = direct(data, g_end_, g_walk_, width);
@@ -444,8 +457,8 @@ class Cam {
       if (elementwise_) {
         elements_(g, beside, floor_, map);
       } else if (positive_weights_ == nullptr || g.order == Order::kUniform ||
-                 positive_weights_(g, own.totals, weights)) {
-        weights_(g, beside, own.totals, floor_, T(args_.eps), own.second, weights);
+                 positive_weights_(g, own.totals, ahead, weights)) {
+        weights_(g, beside, own.totals, floor_, T(args_.eps), ahead, own.second, weights);
       }
     }
   }
@@ -463,7 +476,7 @@ class Cam {
         if (args_.weights != nullptr) {
           put_weights(n, c, width, own.weights);
         } else {
-          add(a, own, maps);
+          add(a, Ahead(activations(n, c + width)), own, maps);
         }
       });
     });
@@ -483,16 +496,16 @@ class Cam {
   Walk a_walk_, g_walk_;
   const S* a_end_;
   const S* g_end_;
-  void (*weights_)(const Tile<S>&, const Tile<S>&, const T*, T, T, T*, T*) = nullptr;
-  bool (*positive_weights_)(const Tile<S>&, const T*, T*) = nullptr;
-  void (*staged_weights_)(const Tile<T>&, const Tile<T>&, const T*, T, T, T*, T*) = nullptr;
+  void (*weights_)(const Tile<S>&, const Tile<S>&, const T*, T, T, Ahead, T*, T*) = nullptr;
+  bool (*positive_weights_)(const Tile<S>&, const T*, Ahead, T*) = nullptr;
+  void (*staged_weights_)(const Tile<T>&, const Tile<T>&, const T*, T, T, Ahead, T*, T*) = nullptr;
   void (*elements_)(const Tile<S>&, const Tile<S>&, T, T*) = nullptr;
   void (*staged_elements_)(const Tile<T>&, const Tile<T>&, T, T*) = nullptr;
   char* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
   T* slice_maps_ = nullptr;
   T* attention_maps_ = nullptr;
-  Source<T>* columns_ = nullptr;
+  Resize<T> resize_ = {};
 };
 
 bool cam(const CamArguments& args, const Parallel& parallel) {

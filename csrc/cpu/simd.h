@@ -148,15 +148,18 @@ struct FirstLanes {
 template <class S>
 constexpr FirstLanes<S> kFirstLanes;
 
+template <class S>
+GCPP_HOST_DEVICE Bits<S> first_lanes(int64_t count) {
+  Bits<S> mask;
+  std::memcpy(&mask, kFirstLanes<S>.bits + (kGroup<S> - count), sizeof mask);
+  return mask;
+}
+
 // The first count elements, zeros behind them. Reads a whole group where that stays before end.
 template <class S>
 GCPP_HOST_DEVICE Bits<S> load_bits(const S* p, int64_t count, const S* end) {
   if (count == kGroup<S>) return load_bits(p);
-  if (end - p >= kGroup<S>) {
-    Bits<S> mask;
-    std::memcpy(&mask, kFirstLanes<S>.bits + (kGroup<S> - count), sizeof mask);
-    return load_bits(p) & mask;
-  }
+  if (end - p >= kGroup<S>) return load_bits(p) & first_lanes<S>(count);
   Bits<S> bits{};
   std::memcpy(&bits, p, static_cast<size_t>(count) * sizeof(S));
   return bits;
@@ -253,6 +256,28 @@ GCPP_HOST_DEVICE void add_group(T* p, Group<S> group) {
   for (int i = 0; i < kPacks<S>; ++i) {
     store(p + i * kLanes<T>, load(p + i * kLanes<T>) + group.pack[i]);
   }
+}
+
+// Lane l is lane index[l] of v.
+template <class T>
+GCPP_HOST_DEVICE Pack<T> permuted(Pack<T> v, const Integer<T>* index) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_loadu_si512(index);
+  if constexpr (sizeof(T) == 4)
+    return (Pack<T>)_mm512_maskz_permutexvar_epi32(0xffff, lanes, (__m512i)v);
+  return (Pack<T>)_mm512_maskz_permutexvar_epi64(0xff, lanes, (__m512i)v);
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    return (Pack<T>)_mm256_permutevar8x32_epi32((__m256i)v, lanes);
+  }
+#endif
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof v);
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = lane[index[i]];
+  return v;
+#endif
 }
 
 // Sum of the lanes, in a fixed order.

@@ -46,38 +46,70 @@ struct Constant {
 template <class S>
 constexpr int kChains = 4 / kPacks<S>;  // of dependent additions, each a group wide
 
-// Calls f(j, x, n) for groups of n elements from x on; j < kChains tells chains apart.
-template <class S, class F>
+// How a group of a sweep is loaded from p on, in a tensor that stops at end: all of it, its lanes
+// under a mask, or its first elements.
+template <class S>
+struct Whole {
+  GCPP_HOST_DEVICE Bits<S> operator()(const S* p, const S*) const { return load_bits(p); }
+};
+template <class S>
+struct Masked {
+  Bits<S> mask;
+  GCPP_HOST_DEVICE Bits<S> operator()(const S* p, const S*) const { return load_bits(p) & mask; }
+};
+template <class S>
+struct First {
+  int64_t count;
+  GCPP_HOST_DEVICE Bits<S> operator()(const S* p, const S* end) const {
+    return load_bits(p, count, end);
+  }
+};
+
+// Calls f(j, x, load) for groups of elements from x on; j < kChains tells chains apart. What is
+// left behind the last whole group is a group of its own with zeros behind it. kOverlap: where
+// there is room, it ends with the last element instead, and those that came before are zero.
+template <class S, bool kOverlap = false, class F>
 GCPP_HOST_DEVICE void sweep(int64_t count, F f) {
   constexpr int64_t step = kGroup<S>;
   int64_t x = 0;
   for (; x + kChains<S> * step <= count; x += kChains<S> * step) {
-    for (int j = 0; j < kChains<S>; ++j) f(j, x + j * step, step);
+    for (int j = 0; j < kChains<S>; ++j) f(j, x + j * step, Whole<S>{});
   }
   if (kChains<S> == 4 && x + 2 * step <= count) {
-    f(0, x, step);
-    f(1, x + step, step);
+    f(0, x, Whole<S>{});
+    f(1, x + step, Whole<S>{});
     x += 2 * step;
   }
   if (x + step <= count) {
-    f(0, x, step);
+    f(0, x, Whole<S>{});
     x += step;
   }
-  if (x < count) f(1, x, count - x);
+  if (x == count) return;
+  if (kOverlap && count >= step) {
+    f(1, count - step, Masked<S>{~first_lanes<S>(step - (count - x))});
+  } else {
+    f(1, x, First<S>{count - x});
+  }
 }
 
 // Asks for a cache line that will be read soon. Addresses behind the tensor are harmless: a
 // prefetch never faults.
 GCPP_HOST_DEVICE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// How far ahead rows are asked for: past the end of a tile of small rows, where the hardware's own
-// prefetching stops because the reading turns to the other tensor.
-constexpr int64_t kAheadBytes = 4096;
-template <class S>
-GCPP_HOST_DEVICE Bits<S> load_ahead(const S* p, int64_t n, const S* end) {
-  prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
-  return load_bits(p, n, end);
-}
+// The memory that a later step will read, asked for while this one computes: so that memory is
+// busy in the steps that read from cache too, and does not wait where reading turns from one
+// tensor to the other.
+class Ahead {
+ public:
+  explicit GCPP_HOST_DEVICE Ahead(const void* next) : next_(static_cast<const char*>(next)) {}
+  GCPP_HOST_DEVICE void ask() {
+    prefetch(next_);
+    next_ += kVectorBytes;
+  }
+
+ private:
+  const char* next_;
+};
 
 template <class S>
 GCPP_HOST_DEVICE Pack<Accumulator<S>> pack_sum(const Group<S>* chains) {
@@ -87,28 +119,31 @@ GCPP_HOST_DEVICE Pack<Accumulator<S>> pack_sum(const Group<S>* chains) {
 }
 
 // Sums over the positions of each channel where positions are neighbours.
-// term(c, x, n, first, second) adds n positions of channel c from x on; result(c, first, second)
+// term(j, c, x, load, first, second) adds a group of channel c from x on; result(c, first, second)
 // takes the sums of a pack of channels from c on.
 template <class S, bool kSecond, class Term, class Result>
 GCPP_HOST_DEVICE void row_sums(int64_t channels, int64_t positions, Term term, Result result) {
   using T = Accumulator<S>;
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t begin = 0; begin < padded<T>(channels); begin += lanes) {
-    Pack<T> first[lanes] = {}, second[lanes] = {};
-    for (int64_t i = 0; i < smaller(lanes, channels - begin); ++i) {
+    const int64_t count = larger(0, smaller(lanes, channels - begin));
+    Pack<T> first[lanes], second[lanes];
+    for (int64_t i = 0; i < count; ++i) {
       Group<S> f[kChains<S>] = {}, s[kChains<S>] = {};
-      sweep<S>(positions, [&](int j, int64_t x, int64_t n) __attribute__((always_inline)) {
-        term(begin + i, x, n, f[j], s[j]);
+      sweep<S, true>(positions, [&](int j, int64_t x, auto load) __attribute__((always_inline)) {
+        term(j, begin + i, x, load, f[j], s[j]);
       });
       first[i] = pack_sum<S>(f);
       if (kSecond) second[i] = pack_sum<S>(s);
     }
+    for (int64_t i = count; i < lanes; ++i) first[i] = second[i] = Pack<T>{};
     result(begin, lane_sums<T>(first), kSecond ? lane_sums<T>(second) : Pack<T>{});
   }
 }
 
 // Sums over the positions of each channel where channels are neighbours: all channels of eight
-// positions at a time. term(c, x, n, first, second) adds n channels from c on at position x.
+// positions at a time. term(c, x, load, first, second) adds a group of channels from c on at
+// position x.
 template <class S, class T = Accumulator<S>, class Term>
 GCPP_HOST_DEVICE void column_sums(int64_t channels, int64_t positions, T* first, T* second,
                                   Term term) {
@@ -117,25 +152,25 @@ GCPP_HOST_DEVICE void column_sums(int64_t channels, int64_t positions, T* first,
     if (second != nullptr) store(second + c, Pack<T>{});
   }
   auto some = [&](auto count, int64_t x) __attribute__((always_inline)) {
-    auto group = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    auto group = [&](int64_t c, auto load) __attribute__((always_inline)) {
       Group<S> f{}, s{};
 #pragma GCC unroll 8
-      for (int i = 0; i < decltype(count)::value; ++i) term(c, x + i, n, f, s);
+      for (int i = 0; i < decltype(count)::value; ++i) term(c, x + i, load, f, s);
       add_group<S>(first + c, f);
       if (second != nullptr) add_group<S>(second + c, s);
     };
     int64_t c = 0;
-    for (; c + kGroup<S> <= channels; c += kGroup<S>) group(c, kGroup<S>);
-    if (c < channels) group(c, channels - c);
+    for (; c + kGroup<S> <= channels; c += kGroup<S>) group(c, Whole<S>{});
+    if (c < channels) group(c, First<S>{channels - c});
   };
   int64_t x = 0;
   for (; x + 8 <= positions; x += 8) some(Constant<8>{}, x);
   for (; x < positions; ++x) some(Constant<1>{}, x);
 }
 
-// Returns whether it hid something.
+// Returns whether it hid something. Asks for half as much memory as it reads.
 template <bool kCareful, class S, class T = Accumulator<S>>
-bool activation_totals(const Tile<S>& a, T floor, T* totals) {
+bool activation_totals(const Tile<S>& a, T floor, Ahead ahead, T* totals) {
   const Activations<kCareful, S> shown(floor);
   SignedNonFinite<S> hidden;
   auto add = [&](Bits<S> bits, Group<S>& sum) __attribute__((always_inline)) {
@@ -146,25 +181,28 @@ bool activation_totals(const Tile<S>& a, T floor, T* totals) {
   if (a.order == Order::kSpaceInner) {
     row_sums<S, false>(
         a.channels, a.positions,
-        [&](int64_t c, int64_t x, int64_t n, Group<S>& sum, Group<S>&) __attribute__((
-            always_inline)) { add(load_ahead(a.data + c * a.channel + x, n, a.end), sum); },
+        [&](int j, int64_t c, int64_t x, auto load, Group<S>& sum, Group<S>&)
+            __attribute__((always_inline)) {
+              if (j % 2 == 0) ahead.ask();
+              add(load(a.data + c * a.channel + x, a.end), sum);
+            },
         [&](int64_t c, Pack<T> sum, Pack<T>) { store(totals + c, sum); });
   } else {
     column_sums<S>(a.channels, a.positions, totals, static_cast<T*>(nullptr),
-                   [&](int64_t c, int64_t x, int64_t n, Group<S>& sum, Group<S>&)
+                   [&](int64_t c, int64_t x, auto load, Group<S>& sum, Group<S>&)
                        __attribute__((always_inline)) {
                          const S* p = a.data + x * a.position + c;
                          prefetch(p + 8 * a.position);
-                         add(load_bits(p, n, a.end), sum);
+                         add(load(p, a.end), sum);
                        });
   }
   return !kCareful && hidden.seen();
 }
 
 // Weights by a rule for gradients that are at least zero, which negative ones become. Returns
-// whether it hid something. Not for Order::kUniform.
+// whether it hid something. Asks for as much memory as it reads. Not for Order::kUniform.
 template <class Rule, class S, class T = Accumulator<S>>
-bool positive_weights(const Tile<S>& g, const T* totals, T* weights) {
+bool positive_weights(const Tile<S>& g, const T* totals, Ahead ahead, T* weights) {
   SignedNonFinite<S> hidden;
   auto add = [&](Bits<S> bits, const Group<S>& total, Group<S>& sum)
                  __attribute__((always_inline)) {
@@ -178,20 +216,21 @@ bool positive_weights(const Tile<S>& g, const T* totals, T* weights) {
   if (g.order == Order::kSpaceInner) {
     row_sums<S, false>(
         g.channels, g.positions,
-        [&](int64_t c, int64_t x, int64_t n, Group<S>& sum, Group<S>&)
+        [&](int, int64_t c, int64_t x, auto load, Group<S>& sum, Group<S>&)
             __attribute__((always_inline)) {
               Group<S> total;
               for (Pack<T>& v : total.pack) v = broadcast<T>(totals[c]);
-              add(load_ahead(g.data + c * g.channel + x, n, g.end), total, sum);
+              ahead.ask();
+              add(load(g.data + c * g.channel + x, g.end), total, sum);
             },
         [&](int64_t c, Pack<T> sum, Pack<T>) { finish(c, sum); });
   } else {
     column_sums<S>(g.channels, g.positions, weights, static_cast<T*>(nullptr),
-                   [&](int64_t c, int64_t x, int64_t n, Group<S>& sum, Group<S>&)
+                   [&](int64_t c, int64_t x, auto load, Group<S>& sum, Group<S>&)
                        __attribute__((always_inline)) {
                          const S* p = g.data + x * g.position + c;
                          prefetch(p + 8 * g.position);
-                         add(load_bits(p, n, g.end), load_group<S>(totals + c), sum);
+                         add(load(p, g.end), load_group<S>(totals + c), sum);
                        });
     for (int64_t c = 0; c < padded<T>(g.channels); c += kLanes<T>) finish(c, load(weights + c));
   }
@@ -199,18 +238,18 @@ bool positive_weights(const Tile<S>& g, const T* totals, T* weights) {
 }
 
 // `a` is read by rules with kPair alone, and has then the order of `g`. `second` is scratch for
-// one value a channel.
+// one value a channel. Asks for as much memory as it reads of `g`.
 template <class Rule, class S, class T = Accumulator<S>>
 void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floor, T eps_value,
-                     T* second, T* weights) {
+                     Ahead ahead, T* second, T* weights) {
   const Activations<true, S> shown(floor);
   const Pack<T> eps = broadcast<T>(eps_value);
   const T positions = static_cast<T>(g.positions);
-  auto add = [&](Bits<S> g_bits, const S* a_data, int64_t n, const Group<S>& total, Group<S>& f,
+  auto add = [&](const S* g_data, const S* a_data, auto load, const Group<S>& total, Group<S>& f,
                  Group<S>& s) __attribute__((always_inline)) {
-    const Group<S> gv = widened<S>(g_bits);
+    const Group<S> gv = widened<S>(load(g_data, g.end));
     Group<S> av{};
-    if constexpr (Rule::kPair) av = shown(load_bits(a_data, n, a.end));
+    if constexpr (Rule::kPair) av = shown(load(a_data, a.end));
     for (int i = 0; i < kPacks<S>; ++i) {
       Rule::term(gv.pack[i], av.pack[i], total.pack[i], eps, f.pack[i], s.pack[i]);
     }
@@ -222,14 +261,14 @@ void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floo
   if (g.order == Order::kSpaceInner) {
     row_sums<S, Rule::kSecond>(
         g.channels, g.positions,
-        [&](int64_t c, int64_t x, int64_t n, Group<S>& f, Group<S>& s)
+        [&](int, int64_t c, int64_t x, auto load, Group<S>& f, Group<S>& s)
             __attribute__((always_inline)) {
               Group<S> total{};
               if constexpr (Rule::kTotal) {
                 for (Pack<T>& v : total.pack) v = broadcast<T>(totals[c]);
               }
-              add(load_ahead(g.data + c * g.channel + x, n, g.end), a.data + c * a.channel + x, n,
-                  total, f, s);
+              ahead.ask();
+              add(g.data + c * g.channel + x, a.data + c * a.channel + x, load, total, f, s);
             },
         finish);
     return;
@@ -248,12 +287,12 @@ void channel_weights(const Tile<S>& g, const Tile<S>& a, const T* totals, T floo
     return;
   }
   column_sums<S>(g.channels, g.positions, weights, Rule::kSecond ? second : nullptr,
-                 [&](int64_t c, int64_t x, int64_t n, Group<S>& f, Group<S>& s)
+                 [&](int64_t c, int64_t x, auto load, Group<S>& f, Group<S>& s)
                      __attribute__((always_inline)) {
                        const S* p = g.data + x * g.position + c;
                        prefetch(p + 8 * g.position);
                        const Group<S> total = Rule::kTotal ? load_group<S>(totals + c) : Group<S>{};
-                       add(load_bits(p, n, g.end), a.data + x * a.position + c, n, total, f, s);
+                       add(p, a.data + x * a.position + c, load, total, f, s);
                      });
   for (int64_t c = 0; c < padded<T>(g.channels); c += kLanes<T>) {
     finish(c, load(weights + c), Rule::kSecond ? load(second + c) : Pack<T>{});
@@ -269,9 +308,9 @@ void attended_means(const Tile<S>& a, const T* attention, T floor, T eps_value, 
   if (a.order == Order::kSpaceInner) {
     row_sums<S, false>(
         a.channels, a.positions,
-        [&](int64_t c, int64_t x, int64_t n, Group<S>& f, Group<S>&)
+        [&](int, int64_t c, int64_t x, auto load, Group<S>& f, Group<S>&)
             __attribute__((always_inline)) {
-              const Group<S> av = shown(load_bits(a.data + c * a.channel + x, n, a.end));
+              const Group<S> av = shown(load(a.data + c * a.channel + x, a.end));
               const Group<S> attended = load_group<S>(attention + x);
               for (int i = 0; i < kPacks<S>; ++i) {
                 f.pack[i] += (attended.pack[i] + eps) * av.pack[i];
@@ -281,9 +320,9 @@ void attended_means(const Tile<S>& a, const T* attention, T floor, T eps_value, 
     return;
   }
   column_sums<S>(a.channels, a.positions, weights, static_cast<T*>(nullptr),
-                 [&](int64_t c, int64_t x, int64_t n, Group<S>& f, Group<S>&)
+                 [&](int64_t c, int64_t x, auto load, Group<S>& f, Group<S>&)
                      __attribute__((always_inline)) {
-                       const Group<S> av = shown(load_bits(a.data + x * a.position + c, n, a.end));
+                       const Group<S> av = shown(load(a.data + x * a.position + c, a.end));
                        for (int i = 0; i < kPacks<S>; ++i) {
                          f.pack[i] += (attention[x] + eps_value) * av.pack[i];
                        }
@@ -297,17 +336,16 @@ void attended_means(const Tile<S>& a, const T* attention, T floor, T eps_value, 
 // kChannels * kTargets products.
 template <int kChannels, int kTargets, class Shown, class S, class T>
 GCPP_HOST_DEVICE void add_rows(const Tile<S>& a, int64_t c, const Shown& shown, const T* weights,
-                               int64_t weight_stride, T* maps, int64_t map_stride) {
+                               int64_t weight_stride, Ahead& ahead, T* maps, int64_t map_stride) {
   Pack<T> w[kTargets][kChannels];
   for (int k = 0; k < kTargets; ++k) {
     for (int j = 0; j < kChannels; ++j) w[k][j] = broadcast<T>(weights[k * weight_stride + c + j]);
   }
   const S* rows = a.data + c * a.channel;
-  sweep<S>(a.positions, [&](int, int64_t x, int64_t n) __attribute__((always_inline)) {
+  sweep<S>(a.positions, [&](int, int64_t x, auto load) __attribute__((always_inline)) {
+    for (int j = 0; j < kChannels; j += 2) ahead.ask();
     Group<S> av[kChannels];
-    for (int j = 0; j < kChannels; ++j) {
-      av[j] = shown(load_bits(rows + j * a.channel + x, n, a.end));
-    }
+    for (int j = 0; j < kChannels; ++j) av[j] = shown(load(rows + j * a.channel + x, a.end));
     for (int k = 0; k < kTargets; ++k) {
       Group<S> sum;
       for (int i = 0; i < kPacks<S>; ++i) {
@@ -319,6 +357,38 @@ GCPP_HOST_DEVICE void add_rows(const Tile<S>& a, int64_t c, const Shown& shown, 
   });
 }
 
+// Rows of at most kGroups groups into kTargets maps, which stay in registers for all channels. The
+// last group of a row may reach into the next one: what it adds to the padding of the map is not
+// looked at.
+template <int kGroups, int kTargets, class Shown, class S, class T>
+void add_short_rows(const Tile<S>& a, const Shown& shown, const T* weights, int64_t weight_stride,
+                    Ahead& ahead, T* maps, int64_t map_stride) {
+  constexpr int64_t last = (kGroups - 1) * kGroup<S>;
+  Group<S> sum[kTargets][kGroups] = {};
+  auto add = [&](int64_t c, auto load_last) __attribute__((always_inline)) {
+    const S* row = a.data + c * a.channel;
+    for (int i = 0; i < kGroups; i += 2) ahead.ask();
+    Group<S> av[kGroups];
+    for (int i = 0; i < kGroups - 1; ++i) av[i] = shown(load_bits(row + i * kGroup<S>));
+    av[kGroups - 1] = shown(load_last(row + last, a.end));
+    for (int k = 0; k < kTargets; ++k) {
+      const Pack<T> w = broadcast<T>(weights[k * weight_stride + c]);
+      for (int i = 0; i < kGroups; ++i) {
+        for (int j = 0; j < kPacks<S>; ++j) sum[k][i].pack[j] += w * av[i].pack[j];
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c < a.channels && a.end - (a.data + c * a.channel + last) >= kGroup<S>; ++c) {
+    add(c, Whole<S>{});
+  }
+  for (; c < a.channels; ++c) add(c, First<S>{a.positions - last});
+  for (int k = 0; k < kTargets; ++k) {
+    for (int i = 0; i < kGroups; ++i)
+      add_group<S>(maps + k * map_stride + i * kGroup<S>, sum[k][i]);
+  }
+}
+
 // Maps from neighbouring channels: positions are taken some at a time so that a group of weights
 // is loaded once for so many products.
 template <class Shown, class S, class T>
@@ -328,18 +398,18 @@ void add_columns(const Tile<S>& a, const Shown& shown, const T* weights, int64_t
     constexpr int kCount = decltype(count)::value;
     Pack<T> sum[kCount] = {};
     const S* row = a.data + x * a.position;
-    auto group = [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    auto group = [&](int64_t c, auto load) __attribute__((always_inline)) {
       const Group<S> weight = load_group<S>(w + c);
       for (int i = 0; i < kCount; ++i) {
         const S* p = row + i * a.position + c;
         prefetch(p + kCount * a.position);
-        const Group<S> av = shown(load_bits(p, n, a.end));
+        const Group<S> av = shown(load(p, a.end));
         for (int j = 0; j < kPacks<S>; ++j) sum[i] += weight.pack[j] * av.pack[j];
       }
     };
     int64_t c = 0;
-    for (; c + kGroup<S> <= a.channels; c += kGroup<S>) group(c, kGroup<S>);
-    if (c < a.channels) group(c, a.channels - c);
+    for (; c + kGroup<S> <= a.channels; c += kGroup<S>) group(c, Whole<S>{});
+    if (c < a.channels) group(c, First<S>{a.channels - c});
     if constexpr (kCount == kLanes<T>) {
       store(map + x, load(map + x) + lane_sums<T>(sum));
     } else {
@@ -356,25 +426,42 @@ void add_columns(const Tile<S>& a, const Shown& shown, const T* weights, int64_t
   for (; x < a.positions; ++x) dots(Constant<1>{}, x);
 }
 
-// Quick where nothing is hidden, or where the weights are NaN where something is.
+// Quick where nothing is hidden, or where the weights are NaN where something is. Asks for half as
+// much memory as it reads.
 template <bool kCareful, class S, class T = Accumulator<S>>
 void add_weighted(const Tile<S>& a, T floor, const T* weights, int64_t weight_stride,
-                  int64_t targets, T* maps, int64_t map_stride) {
+                  int64_t targets, Ahead ahead, T* maps, int64_t map_stride) {
   const Activations<kCareful, S> shown(floor);
   if (a.order == Order::kChannelInner) {
     return add_columns(a, shown, weights, weight_stride, targets, maps, map_stride);
   }
-  // All channels go into a few maps before the next ones: those stay in L1.
+  // All channels go into a few maps before the next ones: those stay in registers or L1.
   auto add = [&](auto targets_at_once, int64_t k) {
     constexpr int kTargets = decltype(targets_at_once)::value;
     const T* w = weights + k * weight_stride;
     T* map = maps + k * map_stride;
+    auto short_rows = [&](auto groups) {
+      add_short_rows<decltype(groups)::value, kTargets>(a, shown, w, weight_stride, ahead, map,
+                                                        map_stride);
+    };
+    switch ((a.positions - 1) / kGroup<S>) {
+      case 0:
+        return short_rows(Constant<1>{});
+      case 1:
+        return short_rows(Constant<2>{});
+      case 2:
+        if constexpr (kPacks<S> == 1) return short_rows(Constant<3>{});
+        break;
+      case 3:
+        if constexpr (kPacks<S> == 1) return short_rows(Constant<4>{});
+        break;
+    }
     int64_t c = 0;
     for (; c + 4 <= a.channels; c += 4) {
-      add_rows<4, kTargets>(a, c, shown, w, weight_stride, map, map_stride);
+      add_rows<4, kTargets>(a, c, shown, w, weight_stride, ahead, map, map_stride);
     }
     for (; c < a.channels; ++c) {
-      add_rows<1, kTargets>(a, c, shown, w, weight_stride, map, map_stride);
+      add_rows<1, kTargets>(a, c, shown, w, weight_stride, ahead, map, map_stride);
     }
   };
   int64_t k = 0;
@@ -386,24 +473,24 @@ void add_weighted(const Tile<S>& a, T floor, const T* weights, int64_t weight_st
 template <class Rule, class S, class T = Accumulator<S>>
 void add_elements(const Tile<S>& g, const Tile<S>& a, T floor, T* map) {
   const Activations<true, S> shown(floor);
-  auto add = [&](int64_t c, int64_t x, int64_t n, Group<S>& sum) __attribute__((always_inline)) {
-    const Group<S> gv = widened<S>(load_bits(g.data + c * g.channel + x * g.position, n, g.end));
-    const Group<S> av = shown(load_bits(a.data + c * a.channel + x * a.position, n, a.end));
+  auto add = [&](int64_t c, int64_t x, auto load, Group<S>& sum) __attribute__((always_inline)) {
+    const Group<S> gv = widened<S>(load(g.data + c * g.channel + x * g.position, g.end));
+    const Group<S> av = shown(load(a.data + c * a.channel + x * a.position, a.end));
     for (int i = 0; i < kPacks<S>; ++i) sum.pack[i] += Rule::element(gv.pack[i], av.pack[i]);
   };
   if (a.order == Order::kChannelInner) {
     for (int64_t x = 0; x < a.positions; ++x) {
       Group<S> sum[kChains<S>] = {};
-      sweep<S>(a.channels, [&](int j, int64_t c, int64_t n)
-                               __attribute__((always_inline)) { add(c, x, n, sum[j]); });
+      sweep<S, true>(a.channels, [&](int j, int64_t c, auto load)
+                                     __attribute__((always_inline)) { add(c, x, load, sum[j]); });
       map[x] += lane_sum<T>(pack_sum<S>(sum));
     }
     return;
   }
   auto add_channels = [&](auto channels, int64_t c) {
-    sweep<S>(a.positions, [&](int, int64_t x, int64_t n) __attribute__((always_inline)) {
+    sweep<S>(a.positions, [&](int, int64_t x, auto load) __attribute__((always_inline)) {
       Group<S> sum{};
-      for (int j = 0; j < decltype(channels)::value; ++j) add(c + j, x, n, sum);
+      for (int j = 0; j < decltype(channels)::value; ++j) add(c + j, x, load, sum);
       add_group<S>(map + x, sum);
     });
   };
