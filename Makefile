@@ -32,9 +32,8 @@ check: $(VENV)/dev.stamp ## ruff, mypy, clang-format; changes nothing
 build: $(VENV)/tools.stamp ## editable install; rebuilds what changed
 	$(INSTALL) --no-build-isolation -e .
 
-bench: $(VENV)/bench.stamp ## time the op into out/bench, with machine and commit
-	mkdir -p out/bench
-	$(BIN)/python benchmarks/bench_op.py --json out/bench/op.json
+bench: $(VENV)/bench.stamp ## all benchmarks beside the peers, one JSON file each in out/bench
+	$(BIN)/gradcampp bench --out out/bench
 
 docs: $(VENV)/docs.stamp ## the documentation into out/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir out/docs

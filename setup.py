@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "_build_backend"))
@@ -220,6 +220,8 @@ def _python_headers() -> str:
 
 
 setup(
+    packages=[*find_packages(include=["gradcampp_ext*"]), "gradcampp_ext.benchmarks"],
+    package_dir={"gradcampp_ext.benchmarks": "benchmarks"},
     ext_modules=[Extension(f"gradcampp_ext.{name}", []) for name in ("_cpu", "_cuda", "_numpy")],
     cmdclass={"build_ext": BuildNative},
 )

@@ -64,7 +64,7 @@ def accuracy() -> str:
         f"| layer | gradients | {' | '.join(exponents.values())} |",
         f"| --- | --- |{' ---: |' * len(exponents)}",
     ]
-    for title, layer in result("accuracy")["layers"].items():
+    for title, layer in result("accuracy-cpu")["layers"].items():
         by_exponent = {row["exponent"]: row["errors"] for row in layer["rows"]}
         for name, shown in names[title].items():
             cells = " | ".join(f"{by_exponent[e][name]:.0e}" for e in exponents)
@@ -81,7 +81,7 @@ def evaluation_demo() -> str:
 
 def training() -> str:
     """Accuracy on pictures whose mark lies, and the cost of derivatives."""
-    report = result("training")
+    report = result("training-cpu")
     accuracy = {name: sum(v) / len(v) for name, v in report["accuracy"].items()}
     seeds = len(report["accuracy"]["guided"])
     lines = [
@@ -113,7 +113,7 @@ TEXTS: dict[str, Callable[[], str]] = {
 
 
 def accuracy_figure() -> Figure:
-    report = result("accuracy")
+    report = result("accuracy-cpu")
     figure, axes = _axes(1, len(report["layers"]), (9, 3.6), sharey=True)
     for axis, (title, layer) in zip(axes, report["layers"].items(), strict=True):
         scales = [10.0 ** row["exponent"] for row in layer["rows"]]
@@ -139,7 +139,7 @@ def accuracy_figure() -> Figure:
 
 
 FIGURES: dict[str, tuple[str, Callable[[], Figure]]] = {
-    "accuracy": ("accuracy", accuracy_figure),
+    "accuracy": ("accuracy-cpu", accuracy_figure),
 }
 
 

@@ -508,6 +508,32 @@ def layers(
 
 
 @app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="accuracy, op, end-to-end, classes, pipeline, training. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Where the JSON files go.")
+    ] = Path("out/bench"),
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: the op alone.")] = "cpu",
+) -> None:
+    """Measure this machine: the op, explanations and the pipeline beside the installed peers.
+
+    Each benchmark writes one JSON file with machine, versions and commit. Close other programs.
+    """
+    with _told():
+        from gradcampp_ext.bench import run
+
+        for file in run(names or [], out, device):
+            print(file)
+
+
+@app.command()
 def info() -> None:
     """Versions, the native libraries, the instruction set in use, and CUDA or why not."""
     with _told():
@@ -660,9 +686,13 @@ def _device(name: str) -> torch.device:
 def _told() -> Iterator[None]:
     """Errors that tell the user what to do are printed without a traceback."""
     from gradcampp_ext.batch import DecodeError, EngineError, RecordError
+    from gradcampp_ext.bench import BenchError
     from gradcampp_ext.capture import CaptureError
 
-    expected = (ValueError, ImportError, CaptureError, EngineError, DecodeError, RecordError)
+    expected = (
+        *(ValueError, ImportError),
+        *(CaptureError, EngineError, DecodeError, RecordError, BenchError),
+    )
     try:
         yield
     except expected as error:

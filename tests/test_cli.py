@@ -416,3 +416,30 @@ def test_labelled_photographs():
     assert f"{right} of 63 right" in err
     # 88.5 % of a thousand such photographs are; 51 of 63 is two standard deviations below
     assert right >= 51
+
+
+def test_bench_runs_programs_and_names_those_that_fail(tmp_path, monkeypatch):
+    from gradcampp_ext import bench
+
+    (tmp_path / "good.py").write_text(
+        "import sys, pathlib; pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text('{}')"
+    )
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(bench, "folder", lambda: tmp_path)
+    programs = {name: bench.Benchmark(f"{name}.py", "a test", 1) for name in ("good", "bad")}
+    monkeypatch.setattr(bench, "BENCHMARKS", programs)
+    out = tmp_path / "out"
+    assert bench.run(["good"], out, "cpu") == [out / "good-cpu.json"]
+    with pytest.raises(bench.BenchError, match="failed: bad"):
+        bench.run([], out, "cpu")
+    with pytest.raises(bench.BenchError, match="no benchmark is called 'ugly'"):
+        bench.run(["ugly"], out, "cpu")
+    with pytest.raises(bench.BenchError, match="runs on cuda"):
+        bench.run(["good"], out, "cuda")
+
+
+def test_bench_finds_its_programs():
+    from gradcampp_ext import bench
+
+    for benchmark in bench.BENCHMARKS.values():
+        assert (bench.folder() / benchmark.program).exists(), benchmark.program
