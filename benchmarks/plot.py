@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the benchmarks make tables of their own results
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 PAGES = ("README*.md", "docs/*.md")
@@ -102,9 +105,125 @@ def training() -> str:
     return "\n".join(lines)
 
 
+def op_medians() -> dict[str, dict[str, float]]:
+    """Seconds by case and contender."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in result("op-cpu")["benchmarks"]:
+        contenders = found.setdefault(entry["group"], {})
+        contenders[entry["extra_info"]["contender"]] = entry["stats"]["median"]
+    return found
+
+
+def op_ratios(other: str) -> list[float]:
+    """Their time over ours, case by case."""
+    cases = op_medians().values()
+    return [case[other] / case["gradcampp_ext"] for case in cases if other in case]
+
+
+def op_summary() -> str:
+    lines = [
+        "| the op, beside | median of the cases | from | to |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    names = {
+        "floor": "reading both tensors and writing the output: our time over its",
+        "compile": "`torch.compile` of the formula: its time over ours",
+        "eager": "the formula in PyTorch: its time over ours",
+        "numpy": "NumPy and OpenCV, as pytorch-grad-cam does it: its time over ours",
+    }
+    for other, shown in names.items():
+        ratios = [1 / r if other == "floor" else r for r in op_ratios(other)]
+        figures = (statistics.median(ratios), min(ratios), max(ratios))
+        lines.append(f"| {shown} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    return "\n".join([*lines, "", measured_on("op-cpu", len(op_medians()))])
+
+
+def op_cpu() -> str:
+    """Every case."""
+    import bench_op
+
+    return bench_op.table(result("op-cpu"))
+
+
+def measured_on(name: str, cases: int | None = None) -> str:
+    about = result(name)["about"]
+    counted = "" if cases is None else f"{cases} cases. "
+    return (
+        f"{counted}Measured on {about['cores']} cores of {about['cpu']} "
+        f"({about['instruction_set']}), torch {about['packages']['torch']}, commit "
+        f"{about['commit']}."
+    )
+
+
+END_TO_END = {
+    "inference": "plain inference",
+    "Explainer": "`gx.Explainer`",
+    "ours as pgc": "`gradcampp_ext.compat.pytorch_grad_cam`",
+    "pytorch-grad-cam": "pytorch-grad-cam",
+    "ours as torchcam": "`gradcampp_ext.compat.torchcam`",
+    "torchcam": "torchcam",
+}
+
+
+def end_to_end() -> str:
+    """The usual setting: float32, contiguous."""
+    lines = [
+        "| ResNet-50, 224 x 224, float32 | batch | layer | images/s | of inference | "
+        "x pytorch-grad-cam | x torchcam | peak MB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for found in result("end-to-end-cpu")["results"]:
+        case = found["case"]
+        if (case["dtype"], case["layout"], case["compiled"]) != ("float32", "contiguous", False):
+            continue
+        for name, row in found["contenders"].items():
+            cells = [END_TO_END[name], str(case["batch"]), case["layer"]]
+            cells.append(f"{row['images_per_second']:.1f}")
+            for other in ("inference", "pytorch-grad-cam", "torchcam"):
+                ratio = row["speed_beside"].get(other)
+                cells.append("" if ratio is None or name == other else f"{ratio[1]:.2f}")
+            cells.append("" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", measured_on("end-to-end-cpu")])
+
+
+def end_to_end_all() -> str:
+    import bench_end_to_end
+
+    return bench_end_to_end.table(result("end-to-end-cpu"))
+
+
+def pipeline() -> str:
+    """Images a second, and the ratios that are taken round by round."""
+    report = result("pipeline-cpu")
+    names = {
+        "pipeline": "`gradcampp explain`, read to saved overlay",
+        "pipeline_malloc": "the same without its setting of the allocator",
+        "decode": "its stages alone: decode",
+        "explain": "explain",
+        "write": "encode and write",
+        "loop": "a loop with pytorch-grad-cam, picture by picture",
+        "loop_batched": f"the same, {report['batch']} pictures at a time",
+    }
+    lines = ["| | images/s, median | least | most |", "| --- | ---: | ---: | ---: |"]
+    for name, shown in names.items():
+        rates = [found[name]["images_per_second"] for found in report["rounds"]]
+        figures = (statistics.median(rates), min(rates), max(rates))
+        lines.append(f"| {shown} | {' | '.join(f'{figure:.1f}' for figure in figures)} |")
+    lines += ["", "| the pipeline's rate | median | least | most |", "| --- | ---: | ---: | ---: |"]
+    for name, ratio in report["ratios"].items():
+        lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in ratio.values())} |")
+    return "\n".join([*lines, "", measured_on("pipeline-cpu")])
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "end-to-end": end_to_end,
+    "end-to-end-all": end_to_end_all,
     "evaluation-demo": evaluation_demo,
+    "op-cpu": op_cpu,
+    "op-summary": op_summary,
+    "pipeline": pipeline,
     "training": training,
 }
 
@@ -138,8 +257,98 @@ def accuracy_figure() -> Figure:
     return figure
 
 
+def op_figure() -> Figure:
+    """Ratios of every case, a dot each, and their median."""
+    figure = _axes(1, 1, (8, 2.6))[0]
+    axis = figure.axes[0]
+    names = {"floor": "floor", "compile": "torch.compile", "eager": "eager", "numpy": "NumPy"}
+    for place, other in enumerate(reversed(names)):
+        ratios = sorted(op_ratios(other))
+        spread = [place + 0.24 * math.sin(7 * index) for index in range(len(ratios))]
+        axis.scatter(ratios, spread, s=9, color=PEERS[0], alpha=0.5, linewidths=0)
+        median = statistics.median(ratios)
+        axis.plot([median, median], [place - 0.35, place + 0.35], color=OURS, linewidth=2.5)
+        axis.annotate(f"{median:.1f}", (median, place + 0.38), ha="center", color=OURS, fontsize=8)
+    axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="their time over ours", ylim=(-0.6, 3.75))
+    axis.set_yticks(range(len(names)), [names[other] for other in reversed(names)])
+    axis.grid(alpha=0.25, axis="x")
+    return figure
+
+
+def roofline_figure() -> Figure:
+    """Bytes a second against bytes, beside what reading alone reaches."""
+    figure = _axes(1, 1, (8, 3.2))[0]
+    axis = figure.axes[0]
+    for contender, colour, label in (
+        ("floor", GREY, "reading both tensors, writing the output"),
+        ("gradcampp_ext", OURS, "gradcampp_ext"),
+        ("compile", PEERS[1], "torch.compile"),
+    ):
+        entries = [
+            entry
+            for entry in result("op-cpu")["benchmarks"]
+            if entry["extra_info"]["contender"] == contender
+        ]
+        axis.scatter(
+            [entry["extra_info"]["input_bytes"] / 1e6 for entry in entries],
+            [entry["extra_info"]["bytes"] / entry["stats"]["median"] / 1e9 for entry in entries],
+            s=14,
+            color=colour,
+            label=label,
+            linewidths=0,
+            alpha=0.8,
+        )
+    axis.set(xscale="log", yscale="log", xlabel="MB read", ylabel="GB/s")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def end_to_end_figure() -> Figure:
+    """Images a second, of plain inference, at both layers."""
+    results = [
+        found
+        for found in result("end-to-end-cpu")["results"]
+        if (found["case"]["dtype"], found["case"]["layout"], found["case"]["compiled"])
+        == ("float32", "contiguous", False)
+    ]
+    figure, axes = _axes(1, len(results), (9, 2.8), sharey=True, squeeze=False)
+    names = [name for name in END_TO_END if name != "inference"]
+    for axis, found in zip(axes[0], results, strict=True):
+        for place, name in enumerate(reversed(names)):
+            low, median, high = found["contenders"][name]["speed_beside"]["inference"]
+            ours = "pytorch-grad-cam" != name != "torchcam"
+            axis.barh(place, median, color=OURS if ours else PEERS[0], height=0.65)
+            axis.plot([low, high], [place, place], color="black", linewidth=1)
+        axis.set_title(f"{found['case']['layer']}, batch {found['case']['batch']}", fontsize=8)
+        axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+        axis.set_yticks(range(len(names)), [END_TO_END[n].strip("`") for n in reversed(names)])
+    axes[0][0].set_xlabel("images a second, of plain inference")
+    return figure
+
+
+def targets_figure() -> Figure:
+    """What ten targets cost, in times of one."""
+    medians = op_medians()
+    tenfold = [name for name in medians if name.endswith("-K10")]
+    figure = _axes(1, 1, (8, 2.6))[0]
+    axis = figure.axes[0]
+    for place, name in enumerate(reversed(tenfold)):
+        one, ten = medians[name.removesuffix("-K10")], medians[name]
+        axis.barh(place, ten["gradcampp_ext"] / one["gradcampp_ext"], color=OURS, height=0.6)
+    axis.axvline(10, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(tenfold)), [n.removesuffix("-K10") for n in reversed(tenfold)])
+    axis.set_xlabel("time of ten targets over that of one")
+    return figure
+
+
 FIGURES: dict[str, tuple[str, Callable[[], Figure]]] = {
     "accuracy": ("accuracy-cpu", accuracy_figure),
+    "end-to-end": ("end-to-end-cpu", end_to_end_figure),
+    "op": ("op-cpu", op_figure),
+    "roofline": ("op-cpu", roofline_figure),
+    "targets": ("op-cpu", targets_figure),
 }
 
 
