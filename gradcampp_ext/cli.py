@@ -233,6 +233,14 @@ def explain(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the network before and after the target layers (torch.compile).",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -277,6 +285,7 @@ def explain(
             size=_size(size),
             device=_device(device),
             dtype=getattr(torch, dtype),
+            compile=compile_,
             batch_size=batch_size,
             workers=workers,
         )

@@ -817,6 +817,56 @@ def test_other_dtypes(tmp_path, model, dtype):
         assert low["score"] == pytest.approx(full["score"], rel=0.05, abs=0.02)
 
 
+class Nested(Deep):
+    """Target layers at the top, inside, and inside twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Sequential(self.late, nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 1)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "parts"),
+    [
+        ("pool:input", ["features", "late", "head"]),
+        ("features", ["features", "late", "head"]),
+        ("features.0", ["features.0", "late", "head"]),
+        (("late.2.0", "features"), ["features", "head", "late.0", "late.2.0"]),
+    ],
+)
+def test_compiled_parts(tmp_path, monkeypatch, layers, parts):
+    torch.manual_seed(6)
+    nested = LoadedModel(Nested().eval(), RECIPE, CLASSES)
+    write_pictures(tmp_path / "in", 5)
+    run([tmp_path / "in"], nested, tmp_path / "plain", target_layer=layers)
+    traced = []
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    real = torch.compile
+    names: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    compiled = engine_module.compiled
+    monkeypatch.setattr(
+        engine_module, "compiled", lambda *args: (names.extend(compiled(*args)), names)[1]
+    )
+    run([tmp_path / "in"], nested, tmp_path / "out", target_layer=layers, compile=True)
+    assert sorted(names) == sorted(parts)
+    assert len(traced) >= len(parts)
+    rows, plain = (lines(tmp_path / name / "results.jsonl") for name in ("out", "plain"))
+    for row, expected in zip(rows, plain, strict=True):
+        assert row["layer"] == expected["layer"]
+        assert row["score"] == pytest.approx(expected["score"], rel=1e-4)
+        np.testing.assert_allclose(
+            np.load(tmp_path / "out" / row["files"]["map"]),
+            np.load(tmp_path / "plain" / expected["files"]["map"]),
+            atol=1e-4,
+        )
+
+
 # Progress
 
 

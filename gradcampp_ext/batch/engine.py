@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from torch import nn
 from torch.nn.functional import interpolate
 
 from gradcampp_ext.batch.sinks import Rendered
@@ -42,6 +44,8 @@ class Options:
         topk: explain the K classes of the largest outputs; only with target None.
         size: height and width of overlays and maps; None for the size of the network's input.
         device, dtype: where and in what the network runs.
+        compile: whether torch.compile takes the parts of the network before and after the target
+            layers; see `compiled`.
         batch_size: pictures in one forward pass; halved where the device's memory runs out.
         workers: processes that decode; None for as many as the device can use.
     """
@@ -54,6 +58,7 @@ class Options:
     size: tuple[int, int] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    compile: bool = False
     batch_size: int = 32
     workers: int | None = None
 
@@ -114,6 +119,7 @@ class Engine:
         self._size = options.size or model.recipe.size
         self._limit = options.batch_size
         self._layers: tuple[str, ...] = ()
+        self._compiled: list[str] = []
         network = model.model.to(options.device, options.dtype)
         self._explainer = Explainer(
             network.to(memory_format=torch.channels_last),
@@ -121,6 +127,10 @@ class Engine:
             options.method,
             output=self._remember,
         )
+        if options.compile:
+            picture = torch.zeros(1, *self._model.recipe.size, 3, dtype=torch.uint8)
+            images = model.recipe.normalize(picture.to(options.device), options.dtype)
+            self._compiled = compiled(network, self._explainer.capture(images).layers)
 
     @property
     def layer(self) -> str | None:
@@ -199,7 +209,8 @@ class Engine:
         if targets == "label":
             targets = [item.label for item in items]
         topk = self._options.topk if targets is None else None
-        captured = self._explainer.capture(images, targets, topk=topk)
+        with _room_for(self._compiled):
+            captured = self._explainer.capture(images, targets, topk=topk)
         self._layers, scores = captured.layers, captured.scores
         predicted, probabilities = scores.predicted, scores.probabilities
         if predicted is None or probabilities is None:
@@ -266,6 +277,44 @@ class Engine:
                 row["entropy"] = _rounded(figures["entropy"][index])
             rows.append(row)
         return rows
+
+
+def compiled(network: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Compiles a network part by part, in place, leaving alone what stands around target layers.
+
+    torch.compile of a whole network traces through the hooks on it, once, and cannot switch
+    the graph on at a target layer. So the largest modules that have no target layer inside are
+    compiled, each by its `forward`: hooks on a module are called around that. A network whose
+    target layer lies deep inside many modules gains less.
+
+    Returns: names of what was compiled.
+    """
+    targets = [layer.removesuffix(":input") for layer in layers]
+    found: list[str] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        inside = f"{name}." if name else ""
+        whole = bool(name) and not any(target.startswith(inside) for target in targets)
+        if whole and type(module).forward is not nn.Module.forward:
+            if any(True for _ in module.parameters()):  # an activation alone is not worth it
+                module.forward = torch.compile(module.forward)
+                found.append(name)
+            return
+        for child, part in module.named_children():
+            visit(f"{inside}{child}", part)
+
+    visit("", network)
+    return found
+
+
+def _room_for(parts: Sequence[str]) -> AbstractContextManager[Any]:
+    """Parts of one class, or of torch's own, share a cache that else holds eight graphs."""
+    if not parts:
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch._dynamo.config.patch(
+        recompile_limit=8 * len(parts), accumulated_recompile_limit=64 * len(parts)
+    )
+    return context
 
 
 def by_picture(rows: Iterable[Row]) -> list[list[Row]]:

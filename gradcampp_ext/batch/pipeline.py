@@ -159,6 +159,7 @@ def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> di
         "topk": options.topk,
         "size": list(options.size or model.recipe.size),
         "dtype": str(options.dtype).removeprefix("torch."),
+        "compile": options.compile,
     }
     for sink in sinks:
         decided |= sink.settings()
