@@ -91,7 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     watch = Watch()
     with tempfile.TemporaryDirectory() as root:
-        for index in range(-(-options.pictures // SHARD)):
+        # some more, so that the workers are still there when it is looked at
+        for index in range(-(-options.pictures // SHARD) + 1):
             write_shard(Path(root, f"{index:03}.tar"), index)
         sinks = [
             batch.Overlays("png"),
@@ -108,10 +109,11 @@ def main() -> None:
             batch.Options(workers=1),
             progress=watch,
         )
-    counts = list(watch.bytes)
-    ratio = watch.bytes[counts[-1]] / watch.bytes[counts[0]]
-    report = {"about": about(), "bytes": watch.bytes, "last over first": ratio}
-    for count, size in watch.bytes.items():
+    seen = {count: size for count, size in watch.bytes.items() if count < options.pictures + SHARD}
+    sizes = list(seen.values())
+    ratio = sizes[-1] / sizes[0]
+    report = {"about": about(), "bytes": seen, "last over first": ratio}
+    for count, size in seen.items():
         Console().print(f"after {count:6} pictures {size / 2**20:8.1f} MiB")
     Console().print(f"last over first: {ratio:.3f}")
     if options.json:

@@ -62,8 +62,10 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def explain(pictures: Path, out: Path, **options: object) -> batch.Summary:
-    return run([pictures], make_model(), out, SINKS, batch_size=3, **options)
+def explain(
+    pictures: Path, out: Path, sinks: list[Any] = SINKS, **options: object
+) -> batch.Summary:
+    return run([pictures], make_model(), out, sinks, batch_size=3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,9 @@ FORKS.set_forkserver_preload(
 )
 
 
-def child(pictures: Path, out: Path, workers: int, before: Callable[[], None] | None) -> None:
+def child(
+    pictures: Path, out: Path, workers: int, before: Callable[[], None] | None, sinks: list[Any]
+) -> None:
     """A run that appends the paths that it explains to OUT.log and writes errors to OUT.err."""
     os.dup2(os.open(f"{out}.err", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     log = os.open(f"{out}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -99,16 +103,21 @@ def child(pictures: Path, out: Path, workers: int, before: Callable[[], None] | 
     if before is not None:
         before()
     Path(f"{out}.ready").touch()
-    explain(pictures, out, workers=workers)
+    explain(pictures, out, sinks, workers=workers)
 
 
 def start(
-    pictures: Path, out: Path, *, workers: int = 1, before: Callable[[], None] | None = None
+    pictures: Path,
+    out: Path,
+    *,
+    workers: int = 1,
+    before: Callable[[], None] | None = None,
+    sinks: list[Any] = SINKS,
 ) -> Any:
     """A child that is about to begin, or has ended."""
     ready = Path(f"{out}.ready")
     ready.unlink(missing_ok=True)
-    process = FORKS.Process(target=child, args=(pictures, out, workers, before))
+    process = FORKS.Process(target=child, args=(pictures, out, workers, before, sinks))
     process.start()
     while process.is_alive() and not ready.exists():
         time.sleep(0.005)
@@ -248,6 +257,19 @@ def test_files_that_may_not_grow(tmp_path, pictures, whole, limit):
     assert len(recorded(out)) < PICTURES - BROKEN
     explain(pictures, out)
     assert tree(out) == whole
+
+
+def test_a_record_that_may_not_grow(tmp_path, pictures):
+    """The same where nothing but results.jsonl is too large."""
+    sinks, limit = [batch.Maps("feature", "float16")], 5_000
+    explain(pictures, tmp_path / "whole", sinks)
+    out = tmp_path / "out"
+    before = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    err = end(start(pictures, out, workers=0, before=before, sinks=sinks), out)
+    assert "RecordError: cannot write in" in err.splitlines()[-1], err
+    assert (out / "results.jsonl").stat().st_size == limit
+    explain(pictures, out, sinks)
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, pictures):

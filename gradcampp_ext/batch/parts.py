@@ -12,12 +12,13 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from io import FileIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gradcampp_ext.batch.record import RecordError
+from gradcampp_ext.batch.record import RecordError, write_all
 
 if TYPE_CHECKING:
     from gradcampp_ext.batch.engine import Row
@@ -44,7 +45,7 @@ class Parts(ABC):
         self._count = 0  # rows in the tail
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.float32)
-        self._tail: IO[bytes] | None = None
+        self._tail: FileIO | None = None
         self._recorded: Iterator[Row] | None = None  # rows from the tail's first one on
         with record.writing():
             if record.lines:
@@ -85,8 +86,7 @@ class Parts(ABC):
                     f"got {values.shape[1:]}; choose maps of the size of the image"
                 )
             assert self._tail is not None
-            self._tail.write(np.ascontiguousarray(values, self._dtype).data)
-            self._tail.flush()
+            write_all(self._tail, np.ascontiguousarray(values, self._dtype).data)
             self._count += len(values)
 
     def finish(self) -> None:
@@ -122,7 +122,7 @@ class Parts(ABC):
         with partial.open("wb") as file:
             file.write(json.dumps(header).encode() + b"\n")
             file.write(np.ascontiguousarray(values).data)
-        self._tail = partial.replace(self.folder / _TAIL).open("ab")
+        self._tail = partial.replace(self.folder / _TAIL).open("ab", buffering=0)
         self._count = len(values)
 
     def _read_tail(self) -> npt.NDArray[Any]:

@@ -15,6 +15,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ class Record:
                 self._read_results()
                 (folder / _PARTIAL).mkdir()
                 stack.callback(shutil.rmtree, folder / _PARTIAL, ignore_errors=True)
-                self._results = stack.enter_context((folder / RESULTS).open("ab"))
-                self._errors = stack.enter_context((folder / ERRORS).open("wb"))
+                self._results = stack.enter_context((folder / RESULTS).open("ab", buffering=0))
+                self._errors = stack.enter_context((folder / ERRORS).open("wb", buffering=0))
             except OSError as error:
                 raise _explained(folder, error) from error
             self._open = stack.pop_all()
@@ -132,10 +133,9 @@ class Record:
         """A picture that is skipped. The next run tries it again."""
         self._append(self._errors, [{"path": path, "reason": reason}])
 
-    def _append(self, file: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, file: FileIO, rows: Sequence[Mapping[str, Any]]) -> None:
         with self.writing():
-            file.write(b"".join(map(_line, rows)))
-            file.flush()
+            write_all(file, b"".join(map(_line, rows)))
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         file = self.folder / SETTINGS
@@ -207,6 +207,13 @@ def _safe_part(part: str) -> str:
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", part):
         part = f"_{part}"
     return part.encode()[:_LONGEST].decode(errors="ignore")
+
+
+def write_all(file: FileIO, content: bytes | memoryview) -> None:
+    """To a file without a buffer, which on a full disk would fail once more when it is closed."""
+    left = memoryview(content).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _read_rows(file: Path, start: int) -> Iterator[Any]:
