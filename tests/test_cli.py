@@ -284,7 +284,7 @@ def test_info():
     assert facts["CUDA"].strip()
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["layers"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["explain"], ["evaluate"], ["layers"], ["info"]])
 def test_help(command):
     out, _ = call(*command, "--help")
     assert "Usage" in out

@@ -13,7 +13,6 @@ class Measure:
     Attributes:
         name: its key in rows and results.
         title: for tables and plots.
-        metric: the entry of `METRICS` that brings it.
         better: which way it is good; None where that depends.
         definition: exactly what the mean is taken of.
         source: where it was proposed.
@@ -22,23 +21,22 @@ class Measure:
 
     name: str
     title: str
-    metric: str
     better: Literal["lower", "higher"] | None
     definition: str
     source: str
     percent: bool = False
 
 
-METRICS = {
-    "drop": "confidence behind the map; one forward pass a map",
-    "coherency": "the map of what is behind the map, and ADCC; shares its pass with drop",
-    "insertion": "insertion curve; a forward pass a step and map",
-    "deletion": "deletion curve; a forward pass a step and map",
-    "road": "ROAD; two forward passes a share and map",
-    "localization": "against boxes; no pass",
-    "sensitivity": "change under noise; a capture a sample",
-    "randomization": "maps of networks that lose their weights; a capture a stage",
-}
+METRICS = (
+    "drop",  # confidence behind the map; one forward pass a map
+    "coherency",  # the map of what is behind the map, and ADCC; shares its pass with drop
+    "insertion",  # a forward pass a step and map
+    "deletion",  # the same
+    "road",  # two forward passes a share and map
+    "localization",  # against boxes; no pass
+    "sensitivity",  # change under noise; a capture a sample
+    "randomization",  # maps of networks that lose their weights; a capture a stage
+)
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -46,7 +44,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "drop",
             "Average Drop %",
-            "drop",
             "lower",
             "max(0, Y - O) / Y; Y, O: softmax probability of the explained class for the image and "
             "for the image behind the map (settings.space)",
@@ -56,7 +53,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "increase",
             "Increase %",
-            "drop",
             "higher",
             "1 if Y < O, else 0",
             "arXiv:1710.11063, section 4.1",
@@ -65,7 +61,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "insertion",
             "Insertion AUC",
-            "insertion",
             "higher",
             "area under the probability over the share of pixels, highest ranked first, that were "
             "brought into settings.insertion_from",
@@ -74,7 +69,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "deletion",
             "Deletion AUC",
-            "deletion",
             "lower",
             "area under the probability over the share of pixels, highest ranked first, that were "
             "replaced by settings.deletion_to",
@@ -83,7 +77,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "road",
             "ROAD",
-            "road",
             "higher",
             "(probability with the least relevant pixels imputed - with the most relevant) / 2, "
             "averaged over settings.road_shares",
@@ -92,7 +85,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "pointing",
             "Pointing %",
-            "localization",
             "higher",
             "1 if the maximum lies within settings.tolerance pixels of a box, else 0",
             "arXiv:1608.00507",
@@ -101,7 +93,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "energy",
             "Energy in box",
-            "localization",
             "higher",
             "share of the map's sum inside the boxes",
             "arXiv:1910.01279",
@@ -109,7 +100,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "loc_0",
             "Loc(0)",
-            "localization",
             "higher",
             "pixels > 0 inside the boxes / (area of the boxes + pixels > 0 outside)",
             "arXiv:1710.11063, eq. 26",
@@ -117,7 +107,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "loc_0.25",
             "Loc(0.25)",
-            "localization",
             "higher",
             "the same with pixels > 0.25",
             "arXiv:1710.11063, eq. 26",
@@ -125,7 +114,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "loc_0.5",
             "Loc(0.5)",
-            "localization",
             "higher",
             "the same with pixels > 0.5",
             "arXiv:1710.11063, eq. 26",
@@ -133,7 +121,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "box_overlap",
             "Box IoU",
-            "localization",
             "higher",
             "IoU of the box around the largest part above 20 % of the maximum with the best box",
             "arXiv:1512.04150",
@@ -141,7 +128,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "coherency",
             "Coherency",
-            "coherency",
             "higher",
             "(1 + Pearson's correlation) / 2 of the map with that of the image behind it",
             "arXiv:2104.10252",
@@ -149,7 +135,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "complexity",
             "Complexity",
-            "drop",
             "lower",
             "mean of the map; a map that shows less hides more, so read it beside drop",
             "arXiv:2104.10252",
@@ -157,7 +142,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "adcc",
             "ADCC",
-            "coherency",
             "higher",
             "harmonic mean of coherency, 1 - complexity and 1 - drop, image by image",
             "arXiv:2104.10252",
@@ -165,7 +149,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "sensitivity",
             "Max-sensitivity",
-            "sensitivity",
             "lower",
             "largest |map(x + noise) - map(x)| / |map(x)| over settings.samples uniform samples "
             "within settings.radius of the normalised input",
@@ -174,7 +157,6 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "randomization",
             "Rank correlation, randomised",
-            "randomization",
             "lower",
             "Spearman's correlation, at the layer's size, with the map of the network after all "
             "its weights were randomised; by stage under curves",
