@@ -30,8 +30,6 @@ import argparse
 import importlib
 import itertools
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -41,11 +39,11 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import about
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -56,7 +54,6 @@ from gradcampp_ext import reference
 
 SIZE = (224, 224)
 CLASS = 281
-PACKAGES = ("torch", "torchvision", "numpy", "grad-cam", "torchcam", "gradcampp_ext")
 Run = Callable[[], Any]
 
 
@@ -266,12 +263,12 @@ def summary(case: Case, times: dict[str, list[float]], memory: dict[str, float])
     return {"case": asdict(case), "contenders": rows}
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(report: dict[str, Any]) -> str:
     lines = [
         "| case | | images/s | of inference | / pytorch-grad-cam | / torchcam | peak MB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for result in results:
+    for result in report["results"]:
         name = Case(**result["case"]).name
         for contender, row in result["contenders"].items():
             cells = [name, contender, f"{row['images_per_second']:.1f}"]
@@ -284,30 +281,6 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
             name = ""
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = [
-        line.partition(":")[2].strip()
-        for line in (info.read_text().splitlines() if info.exists() else [])
-        if line.startswith("model name")
-    ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip(),
-    }
 
 
 def main() -> None:
@@ -326,7 +299,7 @@ def main() -> None:
     # Rounds take half of the time, each case as much as its images are; the rest goes to checking
     # and to memory in fresh processes.
     weights = [case.batch * (2 if case.layer == "layer1" else 1) for case in chosen]
-    results = []
+    report: dict[str, Any] = {"about": about(), "results": []}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -348,13 +321,12 @@ def main() -> None:
                 for name in times:
                     tick(f"{case.name}: memory of {name}")
                     memory[name] = memory_of(case, name)
-            results.append(summary(case, times, memory))
+            report["results"].append(summary(case, times, memory))
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
             progress.advance(task)
-    print(table(results))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"machine": machine(), "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
 
 
 if __name__ == "__main__":
