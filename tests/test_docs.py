@@ -20,6 +20,7 @@ from sybil.parsers.markdown.skip import SkipParser
 from gradcampp_ext.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
+TRANSLATIONS = sorted(ROOT.glob("README.*.md"))
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -39,7 +40,20 @@ def blocks(page: Path) -> list[Example]:
     return list(Document.parse(str(page), *parsers).examples())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def without_comments(page: Path) -> list[str]:
+    """The code of a page, line by line."""
+    lines = "\n".join(re.findall(r"^```(?:python|sh)\n(.*?)^```", page.read_text(), re.M | re.S))
+    return [line.partition("#")[0].rstrip() for line in lines.splitlines()]
+
+
+def test_translations_have_the_same_code() -> None:
+    for page in TRANSLATIONS:
+        assert without_comments(page) == without_comments(ROOT / "README.md"), page.name
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES} - {*TRANSLATIONS}), ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
