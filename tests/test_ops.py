@@ -28,6 +28,10 @@ SHAPES = [
     (1, 33, 56, 56),
     (1, 16, 112, 112),
     (2, 2048, 7, 7),
+    (1, 67, 4, 5),  # rows of 20 to 79: maps in registers, tails that overlap, and one pack more
+    (1, 37, 6, 10),
+    (1, 18, 8, 8),
+    (1, 21, 11, 7),
 ]
 METHODS = sorted(gx.METHODS)
 
@@ -104,6 +108,7 @@ def test_targets_are_independent(device, method, targets):
     [
         ((2, 6, 7, 7), (224, 224)),
         ((2, 6, 9, 14), (5, 40)),
+        ((2, 6, 19, 37), (40, 41)),
         ((2, 6, 7, 7), (7, 7)),
         ((1, 6, 1, 1), (5, 4)),
         ((2, 6, 5, 6), (1, 1)),
@@ -250,6 +255,7 @@ def test_thread_counts_agree():
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             results.append(gx.cam(a, g, size=(56, 56)))
+            assert torch.equal(gx.cam(a, g, size=(56, 56)), results[-1])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -372,6 +378,53 @@ def test_threads_of_the_caller():
     assert all(results)
 
 
+THREADS_OF_TORCH = """
+import os
+import torch
+import gradcampp_ext as gx
+
+a = torch.rand(2, 512, 28, 28)
+counts = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    gx.cam(a, a)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(counts[1] - counts[0])
+"""
+
+FORK = """
+import os
+import torch
+import gradcampp_ext as gx
+from gradcampp_ext import arrays
+
+a = torch.rand(2, 512, 28, 28)
+torch.set_num_threads(1)
+expected = gx.cam(a, a)
+torch.set_num_threads(2)
+gx.cam(a, a)
+two = arrays.cam(a.numpy(), a.numpy(), threads=2)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # OpenMP's other threads stayed behind
+    same = torch.equal(gx.cam(a, a), expected)
+    same &= (arrays.cam(a.numpy(), a.numpy(), threads=2) == two).all()
+    os._exit(0 if same else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts and forks as Linux does")
+@pytest.mark.parametrize(
+    ("program", "printed"), [(THREADS_OF_TORCH, "1"), (FORK, "0")], ids=["set_num_threads", "fork"]
+)
+def test_threads_of_a_process(program, printed):
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.stdout.strip() == printed, run.stderr
+
+
 class _CamDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 8
@@ -411,13 +464,15 @@ def test_every_instruction_set_of_this_machine():
         assert report["worst"] <= 1.0, report
 
 
-def test_an_instruction_set_that_is_not_there():
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "avx2,baseline"])
+def test_an_instruction_set_that_is_not_there(name):
     run = subprocess.run(
         [sys.executable, WALK],
-        env={**os.environ, "GRADCAMPP_EXT_CPU": "avx1024"},
+        env={**os.environ, "GRADCAMPP_EXT_CPU": name},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode != 0
     assert "GRADCAMPP_EXT_CPU must name an instruction set that this machine has" in run.stderr
+    assert f"got '{name}'" in run.stderr
