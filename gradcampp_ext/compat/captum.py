@@ -127,6 +127,7 @@ class _FusedLayerCam(captum.attr.LayerAttribution, captum.attr.GradientAttributi
 
     def _map(self, activations: Tensor, gradients: Tensor, relu: bool, summed: bool) -> Tensor:
         """[N, 1, *S] or [N, C, *S]; of [N, C] as of a map of one position."""
+        activations, gradients = activations.detach(), gradients.detach()
         shape = activations.shape
         space = shape[2:]
         if not 1 <= len(space) <= 3:

@@ -115,7 +115,7 @@ class _Fused(peer._GradCAM):
         self, class_idx: Any, scores: Any, options: dict[str, Any], **kwargs: Any
     ) -> list[Tensor]:
         pairs = self._pairs(class_idx, scores, **kwargs)
-        return [cam(a, g, method=self._method, **options) for a, g in pairs]
+        return [cam(a.detach(), g, method=self._method, **options) for a, g in pairs]
 
     def _pairs(self, class_idx: Any, scores: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
         """Activations and gradients of each layer, after a backward pass from the scores."""
