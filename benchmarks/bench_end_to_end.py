@@ -20,8 +20,8 @@ anything is timed, maps are compared: with the float64 oracle on activations and
 plain autograd, as each contender defines its maps. torchcam's have no such definition to be
 compared with (see docs), so they are only checked to be finite.
 
-Memory is how much the process grows (ru_maxrss) during two calls, after the model and one inference
-at batch 1 are in memory, each contender in a fresh process.
+Memory is how much the process grows at most (VmHWM) during two calls, after the model and one
+inference at batch 1 are in memory, each contender in a fresh process; Linux only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import argparse
 import importlib
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -235,10 +234,17 @@ def grow(case: Case, name: str) -> None:
     run = contenders(case, images)[name](model)
     with torch.no_grad():
         model(images[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = peak_mb()
     run()
     run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_mb() - before)
+
+
+def peak_mb() -> float:
+    """Of this process; its ru_maxrss would begin with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
