@@ -162,6 +162,31 @@ def test_killed_at_random_moments(tmp_path, pictures, whole, seed):
     assert tree(out) == whole
 
 
+def writers(err: Path) -> list[str]:
+    """Processes whose standard error goes to a file."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "fd" / "2").readlink() == err:
+                found.append(process.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_workers_end_with_a_run_that_is_killed(tmp_path, pictures):
+    out = tmp_path / "out"
+    process = start(pictures, out, workers=1)
+    while not recorded(out):
+        time.sleep(0.01)
+    assert len(writers(Path(f"{out}.err"))) > 1
+    process.kill()
+    process.join(60)
+    deadline = time.monotonic() + 30
+    while left := writers(Path(f"{out}.err")):
+        assert time.monotonic() < deadline, f"processes {left} are left"
+        time.sleep(0.1)
+
+
 # what is killed at its n-th call, before it runs or after
 WORST = {
     "before a file is in its place": (Path, "replace", 9, False),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -123,7 +126,7 @@ class Decoding:
             sampler=chunks,
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=_leave_signals_to_main,
+            worker_init_fn=partial(_belong_to, os.getpid()),
         )
         self._batches: Any = iter(loader)
 
@@ -157,7 +160,22 @@ def default_workers(device: torch.device, batches: int | None) -> int:
     return max(1, min((cores or 2) - 1, _MOST_WORKERS))
 
 
-def _leave_signals_to_main(_: int) -> None:
-    """Terminals and schedulers signal the whole group; the main process ends the workers."""
+def _belong_to(main: int, _: int) -> None:
+    """A worker ends with the main process, and by nothing else.
+
+    Terminals and schedulers signal the whole group; the main process ends the workers. If it is
+    killed, torch notices by the parent's number, which is another process's where workers are
+    started by a server (the default from Python 3.14 on).
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
+
+
+def _end_with(main: int) -> None:
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(main, 0)
+        except ProcessLookupError:
+            os._exit(1)
