@@ -317,6 +317,7 @@ def test_wrapped_models() -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know")
 def test_model_with_a_compiled_part() -> None:
+    torch.compiler.reset()  # other tests count towards the limit of compilations
     model = Network().eval()
     expected = {name: Explainer(model, name)(IMAGES, 1).maps for name in ("norm", "late")}
     model.late = torch.compile(nn.Sequential(model.late), backend="aot_eager")
