@@ -50,9 +50,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from gradcampp_ext import batch, cli, models, reference
+from gradcampp_ext import batch, models, reference
 from gradcampp_ext.batch.decode import Decoder, Decoding
 from gradcampp_ext.batch.engine import Engine
+from gradcampp_ext.batch.memory import keep_freed_memory
 from gradcampp_ext.batch.pipeline import _chunks
 from gradcampp_ext.batch.record import Record
 from gradcampp_ext.batch.sinks import draw
@@ -180,7 +181,7 @@ def loop(files: list[Path], out: Path, clock: Clock, *, size: int) -> list[int]:
 def contender(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """One timed pass, in this process."""
     if name != "pipeline_malloc":
-        cli._keep_freed_memory()
+        keep_freed_memory()
     files, clock, found = sorted(folder.iterdir()), Clock(), {}
     if name in LOOPS:
         size = BATCH if name == "loop_batched" else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import signal
@@ -258,8 +257,9 @@ def explain(
         import torch
 
         from gradcampp_ext import batch
+        from gradcampp_ext.batch.memory import keep_freed_memory
 
-        _keep_freed_memory()
+        keep_freed_memory()
         loaded = _load(model, weights, class_names, recipe)
         source = _source(paths, out, labels, loaded)
         sinks: list[Sink] = []
@@ -425,8 +425,9 @@ def evaluate(
         import torch
 
         from gradcampp_ext import batch, evaluation
+        from gradcampp_ext.batch.memory import keep_freed_memory
 
-        _keep_freed_memory()
+        keep_freed_memory()
         loaded = _load(model, weights, class_names, recipe)
         source = _source(paths, out, labels, loaded)
         annotations = None if boxes is None else evaluation.read_boxes(boxes, loaded.classes)
@@ -740,19 +741,6 @@ def _end(summary: Summary, out: Path, signals: Sequence[int]) -> None:
     if summary.failed:
         _say(f"{summary.failed} skipped, the reasons are in {out / 'errors.jsonl'}")
         raise typer.Exit(FAILED)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large blocks that were freed.
-
-    By default each forward pass gets its activations from the kernel anew, page by page, which is
-    a third of the time of inference on a CPU. A process of one's own may choose otherwise.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option in (trim_threshold, mmap_threshold):
-            mallopt(option, 2**31 - 1)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from gradcampp_ext.imaging import Box, ImageError, Pixels
 
 if TYPE_CHECKING:
-    from gradcampp_ext.batch.items import Item, Source
+    from gradcampp_ext.batch.items import Item, Reads
     from gradcampp_ext.models import LoadedModel
 
 Chunk = list[tuple["Item", str]]  # pictures of one batch, and what their outputs are called
@@ -71,7 +71,7 @@ class Decoder(Dataset[Batch]):
     """
 
     def __init__(
-        self, source: Source, model: LoadedModel, size: tuple[int, int], *, needs_label: bool
+        self, source: Reads, model: LoadedModel, size: tuple[int, int], *, needs_label: bool
     ) -> None:
         self._read = source.read
         self._recipe, self._classes = model.recipe, model.classes

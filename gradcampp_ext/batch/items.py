@@ -40,15 +40,19 @@ class Item:
     label: str | int | None = None
 
 
-class Source(Protocol):
-    """Pictures in a fixed order. `len`, where there is one, is shown as the total."""
-
-    def __iter__(self) -> Iterator[Item]:
-        """The pictures, without reading them; runs in the main process."""
+class Reads(Protocol):
+    """What reads the pictures of a source."""
 
     @property
     def read(self) -> Callable[[Item], Image.Image]:
         """Gives upright RGB, or raises ImageError; it is sent to the worker processes."""
+
+
+class Source(Reads, Protocol):
+    """Pictures in a fixed order. `len`, where there is one, is shown as the total."""
+
+    def __iter__(self) -> Iterator[Item]:
+        """The pictures, without reading them; runs in the main process."""
 
 
 def length(source: Source) -> int | None:

@@ -1,7 +1,7 @@
 """Source to sinks: decode in workers, explain and render on the device, write in threads.
 
-The main thread takes decoded batches from a DataLoader, explains them and hands arrays to the
-writer through a bounded queue. Batches are recorded in the order of the source, so that
+The main thread gets explained batches, from this process or from others, and hands their arrays to
+the writer through a bounded queue. Batches are recorded in the order of the source, so that
 results.jsonl is the same whatever the number of workers, and memory stays flat.
 """
 
@@ -10,17 +10,18 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradcampp_ext.batch.decode import Chunk, Decoder, Decoding, default_workers
-from gradcampp_ext.batch.engine import Engine, Options, by_picture
+from gradcampp_ext.batch.decode import Chunk
+from gradcampp_ext.batch.engine import Options, by_picture
+from gradcampp_ext.batch.explaining import Explaining, Job, Local
 from gradcampp_ext.batch.items import length
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
-from gradcampp_ext.batch.sinks import FileSink, SeriesSink, draw
+from gradcampp_ext.batch.sinks import FileSink, SeriesSink
 from gradcampp_ext.batch.writer import Writer
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class Summary:
         layer: the layer that was explained, or the names of several; None if nothing was.
         interrupted: whether it was told to stop before the end.
         seconds: from the first to the last picture.
-        shares: of that time, what the main thread spent waiting for pictures ("decode"),
-            explaining and rendering ("explain"), and waiting for the writers ("write").
+        shares: of that time, what was spent waiting for pictures ("decode"), explaining and
+            rendering ("explain"), and waiting for the writers ("write").
     """
 
     explained: int = 0
@@ -69,6 +70,7 @@ def run(
     sinks: Sequence[Sink],
     options: Options | None = None,
     *,
+    engine: Callable[[Job], Explaining] = Local,
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -84,6 +86,7 @@ def run(
         out: gets results.jsonl, errors.jsonl if pictures failed, run.json, and the sinks' files.
         sinks: see `gradcampp_ext.batch.sinks`.
         options: what to explain and how; default `Options()`.
+        engine: what explains: this process, or a `gradcampp_ext.batch.ray.Cluster`.
         overwrite: remove an earlier run's outputs first.
         progress: is told what happens.
         stop: when set, the batch in flight is finished and the run ends.
@@ -105,41 +108,28 @@ def run(
     progress = progress or Progress()
     tally = Tally(progress)
     summary = tally.summary
-    engine = Engine(model, options)
     total = length(source)
-    workers = options.workers
-    if workers is None:
-        batches = None if total is None else -(-total // options.batch_size)
-        workers = default_workers(options.device, batches)
+    explaining = engine(Job(source.read, model, sinks, options, total))
     settings = _settings(model, options, sinks)
     record = Record(out, settings, rows=options.maps, overwrite=overwrite)
     with record, progress:
-        decoder = Decoder(
-            source,
-            model,
-            options.size or model.recipe.size,
-            needs_label=options.target == "label",
-        )
         chunks = chunks_of(source, record, options.batch_size, summary)
-        pin = options.device.type == "cuda"
-        with Decoding(decoder, chunks, workers=workers, pin=pin) as decoding:
+        with explaining.start(chunks) as explained:
             progress.started(total, len(record.done))
             clock = Clock()
             with Writer(record, sinks, tally) as writer:
                 while not stop.is_set():
-                    batch = decoding.next()
-                    clock.lap("decode")
-                    if batch is None:
+                    done = next(explained, None)
+                    if done is None:
+                        clock.lap("decode")
                         break
-                    rows, rendered = engine(batch)
-                    drawn = None if rendered is None else draw(sinks, rendered)
-                    clock.lap("explain")
-                    writer.put(rows, drawn, batch.failures)
+                    clock.split(done.seconds)
+                    writer.put(done.rows, done.drawn, done.failures)
                     clock.lap("write")
+                    summary.layer = done.layer or summary.layer
                 else:
                     summary.interrupted = True
             clock.lap("write")
-        summary.layer = engine.layer
         summary.seconds, summary.shares = clock.shares()
     progress.finished(summary)
     return summary
@@ -204,8 +194,14 @@ class Clock:
         self._spent = {"decode": 0.0, "explain": 0.0, "write": 0.0}
 
     def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self._spent[stage] += now - self._last
+        """The time since the last call went to this stage."""
+        self.split({stage: 1})
+
+    def split(self, parts: Mapping[str, float]) -> None:
+        """The time since the last call went to these stages, in these proportions."""
+        now, whole = time.perf_counter(), sum(parts.values())
+        for stage, part in parts.items():
+            self._spent[stage] += (now - self._last) * part / whole
         self._last = now
 
     def shares(self) -> tuple[float, dict[str, float]]:
