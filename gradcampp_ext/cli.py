@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from gradcampp_ext.batch import Progress, Sink, Source, Summary
+    from gradcampp_ext.batch.ray import Cluster
     from gradcampp_ext.models import LoadedModel
 
 FAILED, UNUSABLE = 1, 2  # exit codes: pictures were skipped; an error stopped the command
@@ -240,6 +241,23 @@ def explain(
             rich_help_panel=_RUN,
         ),
     ] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="ray: on all devices of this machine or of a cluster, by Ray Data; --workers are "
+            "then all processes that decode.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Of a running cluster, or auto. Default: RAY_ADDRESS, or a new one, here.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -276,30 +294,32 @@ def explain(
         if report:
             sinks += batch.report.sinks()
         progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
-        options = batch.Options(
-            method=method,
-            target_layer=target_layer or None,
-            fuse=fuse,
-            target=_target(target, loaded),
-            topk=top_k,
-            size=_size(size),
-            device=_device(device),
-            dtype=getattr(torch, dtype),
-            compile=compile_,
-            batch_size=batch_size,
-            workers=workers,
-        )
-        with _stop_on_signal(out) as (stop, signals):
-            summary = batch.run(
-                source,
-                loaded,
-                out,
-                sinks,
-                options,
-                overwrite=overwrite,
-                progress=progress,
-                stop=stop,
+        with _cluster(engine, ray_address) as cluster:
+            options = batch.Options(
+                method=method,
+                target_layer=target_layer or None,
+                fuse=fuse,
+                target=_target(target, loaded),
+                topk=top_k,
+                size=_size(size),
+                device=_device(device, cluster),
+                dtype=getattr(torch, dtype),
+                compile=compile_,
+                batch_size=batch_size,
+                workers=workers,
             )
+            with _stop_on_signal(out) as (stop, signals):
+                summary = batch.run(
+                    source,
+                    loaded,
+                    out,
+                    sinks,
+                    options,
+                    engine=cluster or batch.Local,
+                    overwrite=overwrite,
+                    progress=progress,
+                    stop=stop,
+                )
         if report and not summary.interrupted:
             _say(f"look at {batch.report.build(out)}")
     _end(summary, out, signals)
@@ -674,11 +694,13 @@ def _size(size: str | None) -> tuple[int, int] | None:
     return int(height), int(width or height)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, cluster: Cluster | None = None) -> torch.device:
     import torch
 
     from gradcampp_ext import _native
 
+    if cluster is not None:  # its machines have other devices than this one
+        return cluster.device if name == "auto" else torch.device(name)
     if name == "auto":
         return torch.device("cuda" if _native.status().cuda_missing is None else "cpu")
     try:
@@ -690,6 +712,20 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and missing is not None:
         raise typer.BadParameter(f"--device {name} cannot be used: {missing}")
     return device
+
+
+@contextlib.contextmanager
+def _cluster(engine: str, address: str | None) -> Iterator[Cluster | None]:
+    """None to run without one."""
+    if engine == "local":
+        if address is not None:
+            raise typer.BadParameter("--ray-address needs --engine ray")
+        yield None
+        return
+    from gradcampp_ext.batch.ray import Cluster
+
+    with Cluster(address) as cluster:
+        yield cluster
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 from gradcampp_ext.batch import report
 from gradcampp_ext.batch.decode import DecodeError
 from gradcampp_ext.batch.engine import EngineError, Options
+from gradcampp_ext.batch.explaining import Local
 from gradcampp_ext.batch.hub import HuggingFace
 from gradcampp_ext.batch.items import Item, Source, SourceError
 from gradcampp_ext.batch.mapset import MapSet
@@ -32,6 +33,7 @@ __all__ = [
     "Item",
     "JsonLines",
     "Lines",
+    "Local",
     "MapSet",
     "Maps",
     "Options",
