@@ -233,6 +233,41 @@ def pipeline() -> str:
     return "\n".join([*lines, "", measured_on("pipeline-cpu")])
 
 
+def scale() -> str:
+    """What 14.2 million pictures cost, by the processor time that each stage takes for one."""
+    if not (RESULTS / "pipeline-cpu.json").exists():
+        return "Not measured yet; `benchmarks/bench_pipeline.py` measures it."
+    report, pictures = result("pipeline-cpu"), 14.2e6
+    names = {
+        "decode": "read, decode, prepare",
+        "explain": "demo network, map, overlay",
+        "write": "encode the overlay, write, record",
+    }
+    spent = {
+        name: statistics.median(found[name]["processor_seconds"] for found in report["rounds"])
+        for name in names
+    }
+    lines = [
+        "| stage | core-ms a picture, t | core-hours for 14.2 million | at 0.04 a core-hour |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, seconds in [*spent.items(), ("", sum(spent.values()))]:
+        hours = pictures * seconds / 3600
+        shown = names.get(name, "all")
+        lines.append(f"| {shown} | {1000 * seconds:.1f} | {hours:,.0f} | {0.04 * hours:,.0f} |")
+    days = pictures * sum(spent.values()) / 64 / 86400
+    driver, decoding = 4 / spent["write"], 1000 * spent["decode"]
+    lines += [
+        "",
+        f"On 64 such cores that is {days:.1f} days. A driver, which writes in four threads, keeps "
+        f"up with {driver:,.0f} pictures a second at most, and a GPU that explains 1,000 a second "
+        f"wants {decoding:.0f} cores that decode.",
+        "",
+        measured_on("pipeline-cpu"),
+    ]
+    return "\n".join(lines)
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "accuracy-summary": accuracy_summary,
@@ -242,6 +277,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "op-cpu": op_cpu,
     "op-summary": op_summary,
     "pipeline": pipeline,
+    "scale": scale,
     "training": training,
 }
 

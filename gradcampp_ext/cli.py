@@ -724,7 +724,8 @@ def _cluster(engine: str, address: str | None) -> Iterator[Cluster | None]:
         return
     from gradcampp_ext.batch.ray import Cluster
 
-    with Cluster(address) as cluster:
+    # where Ray tells of workers that died, among other things
+    with Cluster(address) as cluster, contextlib.redirect_stdout(sys.stderr):
         yield cluster
 
 

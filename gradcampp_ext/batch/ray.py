@@ -461,12 +461,12 @@ def _connect(address: str | None) -> None:
             socket.create_connection((host, int(port)), timeout=_ANSWER).close()
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **started)
     except Exception as error:  # ConnectionError, RuntimeError, ValueError by version and cause
-        raise EngineError(
-            f"no Ray cluster can be reached at {address} ({error}); is it running, and is this "
-            "machine part of it?"
-            if address
-            else f"Ray cannot be started on this machine: {error}"
-        ) from error
+        if address:
+            raise EngineError(
+                f"no Ray cluster can be reached at {address} ({error}); is it running, and is this "
+                "machine part of it?"
+            ) from error
+        raise EngineError(f"Ray cannot be started on this machine: {error}") from error
 
 
 @contextlib.contextmanager
