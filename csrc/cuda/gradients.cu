@@ -31,6 +31,7 @@ struct Share {
 
 struct GradientKernelArguments {
   CamGradientArguments op;
+  int64_t positions;
   void* shares;       // [samples, targets, channels]
   int channels_log2;  // of a block
   bool channels_adjacent;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
   const Row row = row_of_thread(args.channels_log2, args.channels_adjacent);
   const int64_t c = blockIdx.x % blocks * block_channels + row.channel;
   // Threads without a channel take part in the sums, with no positions.
-  const int64_t positions = c < cam.channels ? cam.positions() : 0;
+  const int64_t positions = c < cam.channels ? args.positions : 0;
   const Acc floor = cam.rectify ? Acc(0) : -static_cast<Acc>(INFINITY);
   const Acc eps = static_cast<Acc>(cam.eps);
 
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__(kThreads)
     return Acc(widened(g[offset_of(p, cam.space, cam.gradient_space)]));
   };
   const Acc* const by_maps =
-      static_cast<const Acc*>(args.op.map_gradients) + n * cam.targets * cam.positions();
-  const auto by_map = [&](int64_t k, int64_t p) { return by_maps[k * cam.positions() + p]; };
+      static_cast<const Acc*>(args.op.map_gradients) + n * cam.targets * args.positions;
+  const auto by_map = [&](int64_t k, int64_t p) { return by_maps[k * args.positions + p]; };
   const auto put_by_gradient = [&](int64_t k, int64_t p, Acc value) {
     T* const to = static_cast<T*>(args.op.by_gradients) + n * args.op.by_gradient_sample +
                   k * args.op.by_gradient_target + c * args.op.by_gradient_channel;
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
       add_over_row(row, sums, scratch);
       __syncthreads();
       const Acc d = sums[kSums];
-      const auto channel = Rule::finish(sums, total[0], static_cast<Acc>(cam.positions()), eps);
+      const auto channel = Rule::finish(sums, total[0], static_cast<Acc>(args.positions), eps);
       if (args.op.by_gradients != nullptr) {
         for (int64_t p = row.lane; p < positions; p += row.lanes) {
           const Acc gp = gradient(k, p);
@@ -144,12 +145,11 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 cudaError_t launch(const CamGradientArguments& op, void* workspace, cudaStream_t stream) {
   const CamArguments& cam = op.forward;
-  GradientKernelArguments args{op, workspace, 0, false};
+  GradientKernelArguments args{op, cam.positions(), workspace, 0, false};
   // A warp on 32 neighbouring channels, or as many threads to a channel as it has positions.
   args.channels_adjacent = cam.activation_channel == 1 && cam.activation_space[2] != 1;
-  const int64_t positions = cam.positions();
   while (args.channels_adjacent ? (1 << args.channels_log2) < kWarp
-                                : (positions << args.channels_log2) * 2 <= kThreads) {
+                                : (args.positions << args.channels_log2) * 2 <= kThreads) {
     ++args.channels_log2;
   }
   const int64_t block_channels = int64_t{1} << args.channels_log2;

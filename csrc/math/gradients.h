@@ -196,7 +196,7 @@ struct GradCamElementwiseGradient {
 
 // visit(rule) with the rule of a method that has one: attention is made of others.
 template <class Visit>
-GCPP_HOST_DEVICE bool with_gradient_rule(Method method, bool eps, Visit visit) {
+inline bool with_gradient_rule(Method method, bool eps, Visit visit) {
   switch (method) {
     case Method::kGradCamPlusPlus:
       return eps ? visit(GradCamPlusPlusGradient<true>{}) : visit(GradCamPlusPlusGradient<false>{});
