@@ -1,7 +1,6 @@
 """Explaining on several devices and machines, by Ray Data.
 
-with Cluster() as cluster:
-    batch.run(source, model, out, sinks, options, engine=cluster)
+`batch.run(source, model, out, sinks, options, engine=cluster)` inside `with Cluster() as cluster:`.
 
 The driver lists the source, skips what is done, and writes; its chunks go one by one through a Ray
 Data set to the workers, and come back explained in the order of the source:
@@ -113,6 +112,7 @@ class Cluster:
 class ExplainBatch:
     """Explains the pictures of a Ray Data set, for its `map_batches`; loads its model once.
 
+    ```python
     data = ray.data.read_binary_files("photos", include_paths=True)
     data = data.map_batches(
         ExplainBatch,
@@ -120,6 +120,7 @@ class ExplainBatch:
         batch_size=32,
         concurrency=2,
     )
+    ```
 
     Batches have a column "bytes" (encoded pictures), "image" (uint8 [H, W, 3]) or "path" (files
     that the worker can read), the first of these that there is, and for target="label" one of
