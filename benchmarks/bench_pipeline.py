@@ -54,7 +54,7 @@ from gradcampp_ext import batch, models, reference
 from gradcampp_ext.batch.decode import Decoder, Decoding
 from gradcampp_ext.batch.engine import Engine
 from gradcampp_ext.batch.memory import keep_freed_memory
-from gradcampp_ext.batch.pipeline import _chunks
+from gradcampp_ext.batch.pipeline import chunks_of
 from gradcampp_ext.batch.record import Record
 from gradcampp_ext.batch.sinks import draw
 from gradcampp_ext.batch.writer import Writer
@@ -119,7 +119,7 @@ class Stages:
 
     def batches(self, workers: int) -> Iterator[Any]:
         decoder = Decoder(self.source, self.model, self.model.recipe.size, needs_label=False)
-        chunks = _chunks(self.source, self.record, BATCH, batch.Summary())
+        chunks = chunks_of(self.source, self.record, BATCH, batch.Summary())
         with Decoding(decoder, chunks, workers=workers, pin=False) as decoding:
             while (decoded := decoding.next()) is not None:
                 yield decoded

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -443,3 +444,21 @@ def test_bench_finds_its_programs():
 
     for benchmark in bench.BENCHMARKS.values():
         assert (bench.folder() / benchmark.program).exists(), benchmark.program
+
+
+@pytest.mark.parametrize(
+    "name", ["accuracy", "op", "end-to-end", "classes", "pipeline", "training"]
+)
+def test_benchmarks_can_be_imported(name, monkeypatch):
+    """What they take from the package and from their libraries is there."""
+    from gradcampp_ext import bench
+
+    for module in ("torchvision", "torchcam", "pytorch_grad_cam"):
+        pytest.importorskip(module)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(bench.folder())])
+    file = bench.folder() / bench.BENCHMARKS[name].program
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    specification.loader.exec_module(module)
+    assert module.main
