@@ -1,6 +1,6 @@
 """From JPEG files to overlays: the pipeline beside its own stages and beside a plain loop.
 
-    python benchmarks/bench_pipeline.py [--files 256] [--minutes 6] [--json FILE]
+    python benchmarks/bench_pipeline.py [--files 1024] [--minutes 8] [--json FILE]
 
 The demo network (EfficientNet-Lite0, ImageNet weights) at 224 x 224 on the CPU; each picture is
 read, its predicted class explained by Grad-CAM++, and a JPEG of the overlay saved. In one run,
@@ -278,8 +278,8 @@ def table(report: dict[str, Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the pipeline beside stages and a loop.")
-    parser.add_argument("--files", type=int, default=256)
-    parser.add_argument("--minutes", type=float, default=6, help="no round begins after them")
+    parser.add_argument("--files", type=int, default=1024)
+    parser.add_argument("--minutes", type=float, default=8, help="no round begins after them")
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

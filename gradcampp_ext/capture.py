@@ -103,9 +103,10 @@ class Capture:
     def _attach(self, index: int) -> torch.utils.hooks.RemovableHandle:
         site = self.sites[index]
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], *rest: dict[str, Any]) -> Any:
             if threading.get_ident() != self._thread:
-                return None
+                return None  # and without kwargs perhaps, if the hook is just being registered
+            (kwargs,) = rest
             if args:
                 return self._tap(index, args), kwargs
             return args, self._tap(index, kwargs)

@@ -181,9 +181,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     thread = threading.get_ident()
 
     def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, *rest: Any) -> None:
             if threading.get_ident() != thread:
-                return
+                return  # and without kwargs perhaps, if the hook is just being registered
+            kwargs, output = rest
             times[name] = times.get(name, 0) + 1
             _, tensor = first_tensor(args or kwargs)
             if isinstance(output, torch.Tensor):

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import nn
 
 from gradcampp_ext import Explainer, batch, imaging
 from gradcampp_ext.batch import engine as engine_module
+from gradcampp_ext.batch import explaining
 from gradcampp_ext.batch import record as record_module
 from gradcampp_ext.batch.engine import _statistics
 from gradcampp_ext.batch.record import Record, RecordError, safe_name
@@ -607,6 +609,77 @@ def test_killed_and_taken_up_again(tmp_path, model):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+MEETING = threading.Barrier(2)
+
+
+class Forgetful(Net):
+    """Leaves on itself what it reads a moment later."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen = self.features(images)
+        if len(images) > 1:
+            MEETING.wait(30)
+        return self.head(self.pool(self.seen).flatten(1))
+
+
+def many_cores(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def test_batches_are_explained_side_by_side_on_modules_of_their_own(tmp_path, monkeypatch):
+    many_cores(monkeypatch)
+    write_pictures(tmp_path / "in", 24)
+    forgetful = replace(make_model(), model=Forgetful().eval())
+    forgetful.model.load_state_dict(make_model().model.state_dict())
+    run([tmp_path / "in"], forgetful, tmp_path / "out")  # the barrier breaks if they take turns
+    monkeypatch.setattr(explaining, "_MOST_LANES", 1)
+    run([tmp_path / "in"], make_model(), tmp_path / "one")
+    rows, expected = (lines(tmp_path / out / "results.jsonl") for out in ("out", "one"))
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["path"], row["predicted"]) == (other["path"], other["predicted"])
+        assert row["score"] == pytest.approx(other["score"], rel=1e-5)
+        map_, same = (np.load(tmp_path / out / row["files"]["map"]) for out in ("out", "one"))
+        np.testing.assert_allclose(map_, same, atol=1e-5)
+
+
+def test_twins_share_weights_only():
+    original = make_model()
+    twin = explaining.twin(original, batch.Options())
+    assert not set(original.model.modules()) & set(twin.model.modules())
+    for one, other in zip(original.model.parameters(), twin.model.parameters(), strict=True):
+        assert one is other
+
+
+class Holding(Net):
+    """Runs its features through a function, which a copy of it has in common with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = lambda images: self.features(images)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.run(images).mean((2, 3)))
+
+
+def test_a_model_whose_copy_runs_the_original_is_explained_batch_by_batch(tmp_path, monkeypatch):
+    many_cores(monkeypatch)
+    write_pictures(tmp_path / "in", 12)
+    holding = replace(make_model(), model=Holding().eval(), target_layer="features")
+    assert explaining.twin(holding, batch.Options()) is None
+    assert run([tmp_path / "in"], holding, tmp_path / "out").explained == 12
+
+
+def test_threads_are_as_they_were(tmp_path, model):
+    before = torch.get_num_threads()
+    write_pictures(tmp_path / "in", 12)
+    run([tmp_path / "in"], model, tmp_path / "out")
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *seen] == [before, before]
+
+
 def test_stopped_and_taken_up_again(tmp_path, model):
     write_pictures(tmp_path / "in", 30)
     stop = threading.Event()
@@ -736,6 +809,7 @@ def test_out_of_memory_halves_the_batch(tmp_path, model, monkeypatch):
     write_pictures(tmp_path / "in", 20)
     run([tmp_path / "in"], model, tmp_path / "whole", batch_size=10)
     monkeypatch.setattr(engine_module, "Explainer", Small)
+    monkeypatch.setattr(explaining, "_MOST_LANES", 1)  # as on a GPU
     Small.sizes = []
     summary = run([tmp_path / "in"], model, tmp_path / "out", batch_size=10)
     assert summary.explained == 20

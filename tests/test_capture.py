@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gradcampp_ext import layers
 from gradcampp_ext.capture import Capture, CaptureError, Site, inference
 
 
@@ -320,6 +321,37 @@ def test_other_threads_are_not_captured() -> None:
         thread.join()
         model(images()[:2])
         assert len(capture.activations[0]) == 2
+
+
+def test_other_threads_meet_hooks_that_are_just_registered() -> None:
+    """torch lists a hook first and then notes that it takes keyword arguments."""
+    model = Network().eval()
+    called: list[int] = []
+    errors: list[BaseException] = []
+
+    def call_hooks() -> None:
+        try:
+            for hook in model.last._forward_pre_hooks.values():
+                hook(model.last, ())
+            for hook in model.last._forward_hooks.values():
+                hook(model.last, (), None)
+        except BaseException as error:
+            errors.append(error)
+
+    def elsewhere(*_: object) -> None:
+        called.append(hook_count(model))
+        thread = threading.Thread(target=call_hooks)
+        thread.start()
+        thread.join()
+
+    with inference(model), Capture([site(model, "last:input")]):
+        elsewhere()
+    handle = model.relu.register_forward_hook(elsewhere)
+    layers.trace(model, (images(),), {})
+    handle.remove()
+    assert not errors
+    assert min(called) > 0
+    assert hook_count(model) == 0
 
 
 def test_threads_on_one_model() -> None:

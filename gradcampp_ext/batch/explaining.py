@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
 
 from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
 from gradcampp_ext.batch.engine import Engine
 from gradcampp_ext.batch.sinks import draw
+from gradcampp_ext.explainer import Explainer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +28,8 @@ if TYPE_CHECKING:
     from gradcampp_ext.batch.items import Item
     from gradcampp_ext.batch.sinks import Drawn, Sink
     from gradcampp_ext.models import LoadedModel
+
+_MOST_LANES = 4  # batches in memory at once
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,12 @@ class Explain:
 
 
 class Local:
-    """Explains in this process what worker processes decode."""
+    """Explains in this process what worker processes decode.
+
+    On a CPU several batches are explained side by side, each by its share of the cores: the threads
+    of one batch would all have to wait, at the end of every operation, for the one whose core has
+    other things to do, such as decoding.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job, self._explain = job, Explain(job)
@@ -100,13 +114,78 @@ class Local:
         if workers is None:
             workers = default_workers(options.device, self._job.batches)
         pin = options.device.type == "cuda"
+        threads = torch.get_num_threads()
+        lanes = [self._explain, *self._twins(threads)]
+        pool = ThreadPoolExecutor(
+            len(lanes), "gradcampp-explain", torch.set_num_threads, (threads // len(lanes),)
+        )
         with Decoding(self._job.decoder(), chunks, workers=workers, pin=pin) as decoding:
-            yield self._done(decoding)
+            try:
+                yield self._done(decoding, pool, lanes)
+            finally:
+                pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(threads)  # the pool's number is that of all new threads
 
-    def _done(self, decoding: Decoding) -> Iterator[Done]:
+    def _twins(self, threads: int) -> list[Explain]:
+        """For the lanes beside the first; none where a batch needs all of the device."""
+        options = self._job.options
+        if options.device.type != "cpu" or options.compile:
+            return []
+        twins: list[Explain] = []
+        while len(twins) + 1 < min(threads, _MOST_LANES, self._job.batches or threads):
+            model = twin(self._job.model, options)
+            if model is None:
+                break
+            twins.append(Explain(replace(self._job, model=model)))
+        return twins
+
+    @staticmethod
+    def _done(
+        decoding: Decoding, pool: ThreadPoolExecutor, lanes: Sequence[Explain]
+    ) -> Iterator[Done]:
+        """In order. One batch more than lanes is on its way, so that none waits for its next."""
+        idle: SimpleQueue[Explain] = SimpleQueue()
+        for lane in lanes:
+            idle.put(lane)
+
+        def explain(batch: Batch) -> Done:
+            lane = idle.get()
+            try:
+                return lane(batch, 0.0)
+            finally:
+                idle.put(lane)
+
+        pending: deque[Future[Done]] = deque()
+        more = True
         while True:
             begin = time.perf_counter()
-            batch = decoding.next()
-            if batch is None:
+            while more and len(pending) <= len(lanes):
+                batch = decoding.next()
+                if batch is None:
+                    more = False
+                else:
+                    pending.append(pool.submit(explain, batch))
+            decoded = time.perf_counter()
+            if not pending:
                 return
-            yield self._explain(batch, time.perf_counter() - begin)
+            done = pending.popleft().result()
+            seconds = {"decode": decoded - begin, "explain": time.perf_counter() - decoded}
+            yield done._replace(seconds=seconds)
+
+
+def twin(model: LoadedModel, options: Options) -> LoadedModel | None:
+    """The same weights in modules of their own, as a forward pass may leave things on modules.
+
+    None if the model cannot be copied, or its copy runs modules of the original (held by a
+    function, say), which then shows in a layer that gives nothing.
+    """
+    network = model.model
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    try:
+        copied = replace(model, model=deepcopy(network, shared))
+        picture = torch.zeros(1, *model.recipe.size, 3, dtype=torch.uint8)
+        images = model.recipe.normalize(picture, options.dtype)
+        Explainer(copied.model, options.layers or model.target_layer).capture(images)
+    except Exception:
+        return None
+    return copied
