@@ -233,6 +233,21 @@ def pipeline() -> str:
     return "\n".join([*lines, "", measured_on("pipeline-cpu")])
 
 
+def memory() -> str:
+    """Of a long run, every few thousand pictures."""
+    sizes = result("memory-cpu")["bytes"]
+    counts = list(sizes)[::3]
+    return "\n".join(
+        [
+            f"| after so many pictures | {' | '.join(f'{int(count):,}' for count in counts)} |",
+            f"| --- | {' | '.join('---:' for _ in counts)} |",
+            f"| MiB | {' | '.join(f'{sizes[count] / 2**20:.0f}' for count in counts)} |",
+            "",
+            measured_on("memory-cpu"),
+        ]
+    )
+
+
 def scale() -> str:
     """What 14.2 million pictures cost, by the processor time that each stage takes for one."""
     if not (RESULTS / "pipeline-cpu.json").exists():
@@ -274,6 +289,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "end-to-end": end_to_end,
     "end-to-end-all": end_to_end_all,
     "evaluation-demo": evaluation_demo,
+    "memory": memory,
     "op-cpu": op_cpu,
     "op-summary": op_summary,
     "pipeline": pipeline,
