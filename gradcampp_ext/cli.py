@@ -425,6 +425,14 @@ def evaluate(
         ),
     ] = None,
     class_names: ClassNames = None,
+    numbers_only: Annotated[
+        bool,
+        typer.Option(
+            "--numbers-only",
+            help="Neither plots nor the report with its pictures.",
+            rich_help_panel=_OUTPUTS,
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     batch_size: BatchSize = 32,
@@ -436,8 +444,8 @@ def evaluate(
     """Evaluate methods and layers on pictures: do their maps show what the network goes by?
 
     Prints a table of means with 95 % intervals and of wins between every two methods;
-    in DIR: evaluation.json, with all definitions, evaluation.csv, plots, and results.jsonl with a
-    line a picture.
+    in DIR: evaluation.json, with all definitions, evaluation.csv, plots, results.jsonl with a line
+    a map, and report/index.html, a site to look through pictures, maps and scores.
 
     The same command again goes on where an earlier run was stopped.
     """
@@ -480,12 +488,15 @@ def evaluate(
                 out,
                 options,
                 annotations,
+                pictures=not numbers_only,
                 overwrite=overwrite,
                 progress=progress,
                 stop=stop,
             )
         if found.result is not None and not json_progress:
             evaluation.show(found.result)
+        if found.report is not None:
+            _say(f"look at {found.report}")
     _end(found.run, out, signals)
 
 
@@ -493,7 +504,9 @@ def evaluate(
 def write_report(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Outputs of explain --report, finished or not."),
+        typer.Argument(
+            metavar="DIR", help="Outputs of explain --report or of evaluate, finished or not."
+        ),
     ],
     title: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Default: model and method.")
@@ -501,10 +514,11 @@ def write_report(
 ) -> None:
     """Write the report of the results in DIR, or write it again.
 
-    explain --report does so at its end; this shows what a run has so far, or one that was stopped.
+    explain --report and evaluate do so at their end; this shows what a run has so far, or one that
+    was stopped. What evaluate has summed up stands in the summary.
     """
     with _told():
-        from gradcampp_ext.batch import report
+        from gradcampp_ext.evaluation import report
 
         print(report.build(folder, title=title))
 

@@ -25,7 +25,7 @@ from gradcampp_ext import Explainer, batch, imaging
 from gradcampp_ext.batch import engine as engine_module
 from gradcampp_ext.batch import explaining
 from gradcampp_ext.batch import record as record_module
-from gradcampp_ext.batch.engine import _statistics
+from gradcampp_ext.batch.engine import statistics
 from gradcampp_ext.batch.record import Record, RecordError, safe_name
 from gradcampp_ext.batch.sources import read_labels
 from gradcampp_ext.imaging import Recipe
@@ -140,7 +140,7 @@ def test_statistics_by_hand():
     maps = torch.zeros(1, 3, 8, 8)
     maps[0, 0, 3, 5] = 0.5  # all in one pixel, which is central
     maps[0, 1] = 1.0  # everywhere: 16 of 64 pixels are central
-    figures = _statistics(maps)
+    figures = statistics(maps)
     assert figures["peak_x"][0, 0] == pytest.approx(5.5 / 8)
     assert figures["peak_y"][0, 0] == pytest.approx(3.5 / 8)
     assert figures["central_mass"][0, :2].tolist() == pytest.approx([1, 0.25])
@@ -148,7 +148,7 @@ def test_statistics_by_hand():
     assert figures["mass"][0].tolist() == [0.5, 64, 0]
     assert figures["finite"].tolist() == [True]
     maps[0, 2, 0, 0] = np.nan
-    assert _statistics(maps)["finite"].tolist() == [False]
+    assert statistics(maps)["finite"].tolist() == [False]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

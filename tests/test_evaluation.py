@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from gradcampp_ext import Explainer, batch, evaluation, imaging, metrics
 from gradcampp_ext.batch import SourceError
+from gradcampp_ext.batch.engine import by_picture
 from gradcampp_ext.cli import app
 from gradcampp_ext.evaluation.boxes import Annotation, read_boxes, seen
 from gradcampp_ext.evaluation.contenders import parse
@@ -118,7 +119,7 @@ def test_layers_share_a_capture_and_coherency_shares_the_pass(pictures, model, t
     layers = ("first", "second")
     run(pictures, model, tmp_path / "out", layers=layers, metrics=("drop", "coherency"))
     assert sum(model.model.passes) == 7 * (1 + 2 * 2)
-    assert [(m["layer"], m["method"]) for m in rows(tmp_path / "out")[0]["maps"]] == [
+    assert [(row["layer"], row["method"]) for row in by_picture(rows(tmp_path / "out"))[0]] == [
         ("first", "gradcampp"), ("first", "gradcam"),
         ("second", "gradcampp"), ("second", "gradcam"),
     ]  # fmt: skip
@@ -216,13 +217,13 @@ def test_insertion_deletion_and_road_in_shared_batches(pictures, model, tmp_path
             ],
             1,
         )  # fmt: skip
-    recorded = [row["maps"][0] for row in rows(out)]
+    recorded = [first for first, _ in by_picture(rows(out))]
     torch.testing.assert_close(
         torch.tensor([each["curves"]["insertion"] for each in recorded]), curve, atol=2e-3, rtol=0
     )
-    for row, each in zip(rows(out), recorded, strict=True):
+    for each in recorded:
         deletion = each["curves"]["deletion"]
-        assert deletion[0] == row["probability"]
+        assert deletion[0] == each["probability"]
         area = perturbation.area(torch.tensor(deletion), points)
         assert each["deletion"] == pytest.approx(float(area), rel=1e-5)
         curves = each["curves"]
@@ -282,6 +283,40 @@ def test_a_run_that_was_stopped_goes_on_and_ends_alike(pictures, tmp_path):
     assert last.model.passes == []
     with pytest.raises(batch.RecordError, match="steps was 3 and is now 4"):
         run(pictures, make_model(), tmp_path / "parts", metrics=("drop", "insertion"), steps=4)
+
+
+def test_a_folder_with_a_row_a_picture_is_refused(pictures, tmp_path):
+    """Which is how evaluations were recorded before they had reports."""
+    out = tmp_path / "out"
+    run(pictures, make_model(), out)
+    settings = json.loads((out / "run.json").read_text())
+    assert settings.pop("report") is False
+    (out / "run.json").write_text(json.dumps(settings))
+    old = [
+        {"path": first["path"], "name": first["name"], "rank": 1, "layer": "second", "maps": []}
+        for first, *_ in by_picture(rows(out))
+    ]
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    with pytest.raises(batch.RecordError, match="report was None and is now False"):
+        run(pictures, make_model(), out)
+    assert rows(out) == old
+    with pytest.raises(ValueError, match=r"these results lack the report's pictures.*evaluate"):
+        evaluation.report.build(out)
+
+
+def test_overwriting_leaves_nothing_of_another_evaluation(pictures, tmp_path, command):
+    out = tmp_path / "out"
+    command(pictures, "--out", out, "--metrics", "drop,deletion", "--steps", 2)
+    assert (out / "curves.png").exists()
+    command(pictures, "--out", out, "--metrics", "deletion", "--steps", 2, "--methods", "gradcam",
+            "--overwrite", "--numbers-only")  # fmt: skip
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {
+        "results.jsonl", "run.json", "evaluation.json", "evaluation.csv",
+    }  # fmt: skip
+    (out / "bars.png").touch()
+    (out / "evaluation.json").unlink()
+    command(pictures, "--out", out, "--methods", "gradcam", "--overwrite", "--numbers-only")
+    assert (out / "bars.png").exists()  # not known to be an evaluation's
 
 
 # Boxes
@@ -436,13 +471,13 @@ def test_the_command_prints_a_table_and_writes_everything(pictures, tmp_path, co
         "--samples", 1, "--stages", 2, "--layers", "first,second",
     )  # fmt: skip
     assert "Average Drop % ↓" in " ".join(shown.stdout.split())
-    assert "wins over" in shown.stdout
+    assert "Win % ↑ over" in shown.stdout
     assert {path.name for path in out.iterdir()} == {
         "results.jsonl", "run.json", "evaluation.json", "evaluation.csv", "bars.png", "wins.png",
-        "curves.png", "randomization.png", "disagreements.png",
+        "curves.png", "randomization.png", "disagreements.jpg", "report",
     }  # fmt: skip
-    for name in ("bars", "wins", "curves", "randomization", "disagreements"):
-        pixels = np.asarray(Image.open(out / f"{name}.png").convert("L"))
+    for name in ("bars.png", "wins.png", "curves.png", "randomization.png", "disagreements.jpg"):
+        pixels = np.asarray(Image.open(out / name).convert("L"))
         assert pixels.std() > 5, name
     assert {row["target"] for row in rows(out)} == {0}
     result = json.loads((out / "evaluation.json").read_text())
@@ -453,7 +488,7 @@ def test_the_command_prints_a_table_and_writes_everything(pictures, tmp_path, co
     assert float(table[0]["mean"]) == result["summary"][0]["mean"]
     text = evaluation.markdown(result)
     entry = result["summary"][0]
-    assert f"| `{entry['method']}` | {entry['mean']:.1f} [" in text
+    assert f"| Average Drop % ↓ | {entry['mean']:.1f} [" in text
     assert str(tmp_path) not in json.dumps(result)
 
 

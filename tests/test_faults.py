@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from test_batch import make_model, run, tree, write_pictures
 
-from gradcampp_ext import batch
-from gradcampp_ext.batch import mapset, parts, table
+from gradcampp_ext import batch, evaluation
+from gradcampp_ext.batch import mapset, parts, report, table
 from gradcampp_ext.batch.engine import Engine
 from gradcampp_ext.batch.record import Record, RecordError
 
@@ -80,7 +80,7 @@ def whole(pictures, tmp_path_factory) -> dict[str, bytes]:
 # Runs of their own start in a process that has imported everything and has run nothing.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["gradcampp_ext.batch", "hypothesis", "pyarrow.parquet", "pytest", "zarr"]
+    ["gradcampp_ext.evaluation", "hypothesis", "pyarrow.parquet", "pytest", "zarr"]
 )
 
 
@@ -227,6 +227,76 @@ def test_killed_at_the_worst_moments(tmp_path, pictures, whole, moment):
     assert process.exitcode == -signal.SIGKILL
     explain(pictures, out)
     assert tree(out) == whole
+
+
+def evaluate(pictures: Path, out: Path) -> evaluation.Evaluation:
+    options = evaluation.Options(
+        methods=("gradcampp", "random"), metrics=("drop", "deletion", "road", "sensitivity"),
+        steps=2, road_shares=(0.5,), samples=1, batch_size=3, workers=0,
+    )  # fmt: skip
+    return evaluation.run(batch.Files([pictures]), make_model(), out, options)
+
+
+def evaluating(pictures: Path, out: Path, before: Callable[[], None] | None) -> None:
+    """In a child."""
+    if before is not None:
+        before()
+    evaluate(pictures, out)
+
+
+@pytest.fixture(scope="module")
+def evaluated(pictures, tmp_path_factory) -> dict[str, bytes]:
+    """The outputs of an evaluation that nothing happens to."""
+    out = tmp_path_factory.mktemp("evaluated")
+    found = evaluate(pictures, out)
+    assert (found.run.explained, found.run.failed) == (PICTURES - BROKEN, BROKEN)
+    made = tree(out)
+    assert made["results.jsonl"].count(b"\n") == 2 * (PICTURES - BROKEN)
+    assert {"evaluation.json", "bars.png", "disagreements.jpg", "report/index.html"} < {*made}
+    return made
+
+
+# each picture has three files of the report; then come those of the summary
+WORST_OF_EVALUATE = {
+    "before a file of the report": (Record, "write", 7, False),
+    "before rows are recorded": (Record, "finish", 4, False),
+    "after rows are recorded": (Record, "finish", 4, True),
+    "before the summary": (Record, "write", 3 * (PICTURES - BROKEN) + 1, False),
+    "amid the summary": (Record, "write", 3 * (PICTURES - BROKEN) + 2, True),
+    "amid the report": (report._Summary, "add", 20, True),
+}
+
+
+@pytest.mark.parametrize("moment", WORST_OF_EVALUATE)
+def test_an_evaluation_killed_at_the_worst_moments(tmp_path, pictures, evaluated, moment):
+    out = tmp_path / "out"
+    before = partial(kill_at, *WORST_OF_EVALUATE[moment])
+    process = FORKS.Process(target=evaluating, args=(pictures, out, before))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    done = len(set(recorded(out)))
+    resumed = evaluate(pictures, out).run
+    assert (resumed.resumed, resumed.explained) == (done, PICTURES - BROKEN - done)
+    assert tree(out) == evaluated
+
+
+def test_an_evaluation_killed_at_random_moments(tmp_path, pictures, evaluated):
+    moments, out = random.Random(0), tmp_path / "out"
+    kills, done = 0, []
+    while kills < 4 and len(done) < 2 * (PICTURES - BROKEN):
+        process = FORKS.Process(target=evaluating, args=(pictures, out, None))
+        process.start()
+        while process.is_alive() and recorded(out) == done:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.join(60)
+        kills += 1
+        assert recorded(out)[: len(done)] == done
+        done = recorded(out)
+    evaluate(pictures, out)
+    assert tree(out) == evaluated
 
 
 def test_interrupted_by_an_exception(tmp_path, pictures, whole):

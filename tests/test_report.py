@@ -24,9 +24,11 @@ from test_batch import RECIPE, Net, run, tree, write_pictures
 from torch import nn
 from typer.testing import CliRunner
 
-from gradcampp_ext import batch, imaging
+from gradcampp_ext import batch, evaluation, imaging
 from gradcampp_ext.batch import report
+from gradcampp_ext.batch.sources import label_key
 from gradcampp_ext.cli import app
+from gradcampp_ext.evaluation.boxes import Annotation
 from gradcampp_ext.models import Classes, LoadedModel
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -347,7 +349,7 @@ def test_gallery(explained, reader):
 
 def test_heat_map_has_the_colours_of_the_map(explained, reader):
     rows = rows_of(explained)[2]
-    page = reader.open(explained / "report/index.html", "#view=image&id=2&rank=2&variant=1")
+    page = reader.open(explained / "report/index.html", "#view=image&id=2&rank=2&layer=1")
     row = next(row for row in rows if (row["rank"], row["layer"]) == (2, LAYERS[1]))
     page.locator("#stage .heat").evaluate("one => one.decode()")
     size = page.locator("#stage").bounding_box()
@@ -396,7 +398,7 @@ def test_switches_of_class_and_layer(explained, reader):
     expect(grey(1, LAYERS[0]))
     page.locator("#rank").select_option("2nd")
     expect(grey(2, LAYERS[0]))
-    page.locator("#variant").select_option(LAYERS[1])
+    page.locator("#layer").select_option(LAYERS[1])
     expect(grey(2, LAYERS[1]))
     assert f"map: {pictures[0][2]['target_name']}" in page.locator(".card").first.inner_text()
     page.locator("body").press("c")
@@ -417,7 +419,10 @@ def test_image_page(explained, reader):
     facts = page.locator("#facts").inner_text()
     assert rows[0]["path"] in facts
     assert f"{rows[0]['width']} \u00d7 {rows[0]['height']} pixels" in facts
-    assert f"{rows[0]['entropy']:.4g}" in facts
+    figures = page.locator("#figures tbody tr").all()
+    assert [figure.locator("td").last.inner_text() for figure in figures] == [
+        f"{row['entropy']:#.4g}" for row in rows
+    ]
     assert page.locator("#maps .map").count() == 4
     page.locator("#maps .map").nth(3).click()
     page.wait_for_function("() => document.querySelectorAll('.map')[3].ariaPressed === 'true'")
@@ -749,6 +754,122 @@ def test_sections_and_columns_of_ones_own(tmp_path, reader):
     page.locator(".card").nth(1).click()
     sync_api.expect(page.locator("#facts")).to_contain_text("0.1250")
     assert "gradcam" in page.locator("#facts").inner_text()
+
+
+# An evaluation
+
+
+EVALUATED = {"methods": ("gradcampp", "layercam", "center"), "layers": LAYERS}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, evaluation.Evaluation]:
+    """Ten pictures, all but the first two with a box; three methods at two layers."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    paths = write_pictures(folder / "in", 10)
+    boxes = {label_key(str(path)): [Annotation((8, 8, 30, 40), None)] for path in paths[2:]}
+    found = evaluation.run(
+        batch.Files([folder / "in"]),
+        make_model(HOSTILE),
+        folder / "out",
+        evaluation.Options(
+            metrics=("drop", "deletion", "localization"), steps=4, batch_size=4, workers=0,
+            **EVALUATED,
+        ),
+        boxes,
+    )  # fmt: skip
+    return folder / "out", found
+
+
+def of_map(out: Path, layer: str, method: str) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "results.jsonl").open()]
+    return [row for row in rows if (row["layer"], row["method"]) == (layer, method)]
+
+
+def test_evaluation_has_a_switch_of_method_and_orders_by_its_scores(evaluated, reader):
+    out, found = evaluated
+    page = reader.open(found.report)
+    assert page.title() == "tests:make_model · evaluate"
+    assert page.locator("#layer option").all_inner_texts() == list(LAYERS)
+    assert page.locator("#method option").all_inner_texts() == list(EVALUATED["methods"])
+    page.locator("#sort").select_option("-drop")
+    orders = []
+    for layer, method in ((LAYERS[0], "gradcampp"), (LAYERS[1], "center"), (LAYERS[1], "layercam")):
+        page.locator("#layer").select_option(layer)
+        page.locator("#method").select_option(method)
+        rows = sorted(of_map(out, layer, method), key=lambda row: -row["drop"])
+        settled(page, names(rows))
+        orders.append(names(rows))
+        shown = page.locator(".card .heat").evaluate_all("all => all.map(one => one.src)")
+        assert [Path(source).name for source in shown] == [
+            Path(row["files"]["grey"]).name for row in rows
+        ]
+        for card, row in zip(page.locator(".card").all(), rows, strict=True):
+            told = re.search(r"drop (\S+)", card.inner_text())
+            assert float(told[1]) == pytest.approx(row["drop"], rel=1e-3)
+    assert orders[0] != orders[1] != orders[2]
+    page.locator("body").press("m")
+    settled(page, names(sorted(of_map(out, LAYERS[1], "center"), key=lambda row: -row["drop"])))
+    # pictures without a box have no such figure, and come last in their order
+    page.locator("#sort").select_option("energy")
+    rows = of_map(out, LAYERS[1], "center")
+    assert "energy" not in rows[0]
+    rows.sort(key=lambda row: row.get("energy", 2.0))
+    settled(page, names(rows))
+
+
+def test_evaluation_shows_the_scores_of_all_maps_of_an_image(evaluated, reader):
+    out, found = evaluated
+    page = reader.open(found.report, "#view=image&id=3&method=1")
+    heads = page.locator("#figures thead th").all_inner_texts()
+    rows = [json.loads(line) for line in (out / "results.jsonl").open()][18:24]
+    lines = page.locator("#figures tbody tr").all()
+    for line, row in zip(lines, rows, strict=True):
+        assert line.locator("th").inner_text() == f"{row['layer']} · {row['method']}"
+        cells = dict(zip(heads, line.locator("td").all_inner_texts(), strict=True))
+        for name in ("drop", "increase", "behind", "deletion", "complexity", "energy", "loc_0.25"):
+            assert float(cells[name.replace("_", " ")]) == pytest.approx(row[name], rel=1e-3)
+    assert page.locator("#figures .shown th").inner_text() == f"{LAYERS[0]} · layercam"
+    page.locator("#maps .map").nth(5).click()
+    sync_api.expect(page.locator("#figures .shown th")).to_have_text(f"{LAYERS[1]} · center")
+    assert page.locator("#stage .heat").get_attribute("src") in rows[5]["files"]["grey"]
+    page = reader.open(found.report, "#view=image&id=0")
+    lacking = page.locator("#figures tbody tr").first.locator("td").all_inner_texts()
+    assert dict(zip(heads, lacking, strict=True))["energy"] == "none"
+
+
+def test_evaluation_has_tables_and_plots_in_the_summary(evaluated, reader):
+    out, found = evaluated
+    page = reader.open(found.report, "#view=summary")
+    tables = page.locator(".scores").all()
+    assert len(tables) == 4  # scores and wins of two layers
+    for entry in found.result["summary"]:
+        definition = found.result["definitions"][entry["measure"]]
+        cell = "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(
+            **entry, d=1 if definition["unit"] else 3
+        )
+        own = tables[2 * LAYERS.index(entry["layer"])]
+        cells = own.locator("tr", has_text=definition["title"]).locator("td").all_inner_texts()
+        assert cells[EVALUATED["methods"].index(entry["method"])] == cell
+    won = found.result["wins"][0]["percent"][2][0]
+    assert tables[1].locator("tbody tr").nth(2).locator("td").first.inner_text() == f"{won:.1f}"
+    page.wait_for_function(
+        "() => [...document.images].every(one => one.complete && one.naturalWidth)"
+    )
+    assert page.locator("section.panel > img").count() == 3  # bars, curves, disagreements
+    assert page.locator(".matrix th[scope=row]").count() == 6
+    whole = tree(out)
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
+    assert tree(out) == whole
+
+
+@pytest.mark.parametrize("width", [340, 1200])
+def test_no_view_of_an_evaluation_is_wider_than_the_window(evaluated, reader, width):
+    reader.page.set_viewport_size({"width": width, "height": 700})
+    for view in ("", "#view=image&id=1", "#view=summary"):
+        page = reader.open(evaluated[1].report, view)
+        page.wait_for_timeout(50)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_nothing_to_show(tmp_path, reader):

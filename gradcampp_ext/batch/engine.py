@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradcampp_ext.batch.decode import Batch, Decoded
-    from gradcampp_ext.models import LoadedModel
+    from gradcampp_ext.models import Classes, LoadedModel
 
 Row: TypeAlias = dict[str, Any]
 
@@ -146,14 +146,15 @@ class Engine:
         device = self._options.device
         explained = self._explain(batch.pictures.to(device, non_blocking=True), batch.items)
         maps = self._joined(explained.maps, self._size)
-        tensors = explained._asdict() | _statistics(maps)
+        tensors = explained._asdict() | statistics(maps)
         del tensors["maps"]
         columns = {name: tensor.tolist() for name, tensor in tensors.items()}
         rows: list[list[Row]] = []
+        kinds = [{"layer": layer} for layer in self._named_layers()]
         for index, item in enumerate(batch.items):
             figures = {name: column[index] for name, column in columns.items()}
             if figures.pop("finite"):
-                rows.append(self._rows(item, figures))
+                rows.append(rows_of(item, self._model.classes, kinds, figures))
             else:
                 rows.append([])
                 reason = f"scores or maps are not finite; does {self._options.dtype} overflow?"
@@ -236,47 +237,11 @@ class Engine:
         self._output: Tensor = output.detach()
         return output
 
-    def _rows(self, item: Decoded, figures: dict[str, Any]) -> list[Row]:
-        names = self._model.classes.name
-        left, top, right, bottom = item.view
-        layers = self._layers
-        if self._options.fuse is not None:
-            layers = (f"{self._options.fuse}({', '.join(layers)})",)
-        rows = []
-        for index, (target, layer) in enumerate(itertools.product(figures["target"], layers)):
-            k = index // len(layers)
-            row: Row = {
-                "path": item.path,
-                "name": item.name,
-                "predicted": figures["predicted"],
-                "predicted_name": names(figures["predicted"]),
-                "predicted_probability": _rounded(figures["confidence"]),
-                "label": item.label,
-                "label_name": None if item.label is None else names(item.label),
-                "right": None if item.label is None else item.label == figures["predicted"],
-                "rank": k + 1,
-                "layer": layer,
-                "target": target,
-                "target_name": names(target),
-                "probability": _rounded(figures["probability"][k]),
-                "score": _rounded(figures["score"][k]),
-                "width": item.width,
-                "height": item.height,
-                "view": [_rounded(side) for side in item.view],
-                "peak": None,
-                "central_mass": None,
-                "entropy": None,
-            }
-            if figures["mass"][index] > 0:
-                x, y = figures["peak_x"][index], figures["peak_y"][index]
-                row["peak"] = [
-                    _rounded(left + x * (right - left)),
-                    _rounded(top + y * (bottom - top)),
-                ]
-                row["central_mass"] = _rounded(figures["central_mass"][index])
-                row["entropy"] = _rounded(figures["entropy"][index])
-            rows.append(row)
-        return rows
+    def _named_layers(self) -> tuple[str, ...]:
+        """Of the maps that there are for each class."""
+        if self._options.fuse is None:
+            return self._layers
+        return (f"{self._options.fuse}({', '.join(self._layers)})",)
 
 
 def compiled(network: nn.Module, layers: Sequence[str]) -> list[str]:
@@ -317,18 +282,73 @@ def _room_for(parts: Sequence[str]) -> AbstractContextManager[Any]:
     return context
 
 
+def rows_of(
+    item: Decoded, classes: Classes, kinds: Sequence[Mapping[str, str]], figures: Mapping[str, Any]
+) -> list[Row]:
+    """The rows of one picture's maps: class by class, in it kind by kind.
+
+    Args:
+        classes: gives the names.
+        kinds: what tells the maps of one class apart: "layer", perhaps "method".
+        figures: of the picture, "predicted" and "confidence"; of its K classes, lists "target",
+            "probability" and "score"; of its maps, lists as `statistics` gives them.
+    """
+    names = classes.name
+    left, top, right, bottom = item.view
+    rows = []
+    for index, (target, kind) in enumerate(itertools.product(figures["target"], kinds)):
+        k = index // len(kinds)
+        row: Row = {
+            "path": item.path,
+            "name": item.name,
+            "predicted": figures["predicted"],
+            "predicted_name": names(figures["predicted"]),
+            "predicted_probability": rounded(figures["confidence"]),
+            "label": item.label,
+            "label_name": None if item.label is None else names(item.label),
+            "right": None if item.label is None else item.label == figures["predicted"],
+            "rank": k + 1,
+            **kind,
+            "target": target,
+            "target_name": names(target),
+            "probability": rounded(figures["probability"][k]),
+            "score": rounded(figures["score"][k]),
+            "width": item.width,
+            "height": item.height,
+            "view": [rounded(side) for side in item.view],
+            "peak": None,
+            "central_mass": None,
+            "entropy": None,
+        }
+        if figures["mass"][index] > 0:
+            x, y = figures["peak_x"][index], figures["peak_y"][index]
+            row["peak"] = [
+                rounded(left + x * (right - left)),
+                rounded(top + y * (bottom - top)),
+            ]
+            row["central_mass"] = rounded(figures["central_mass"][index])
+            row["entropy"] = rounded(figures["entropy"][index])
+        rows.append(row)
+    return rows
+
+
+def variant(row: Row) -> tuple[str | None, str | None]:
+    """What tells the maps of one class apart: the layer, and the method where several are made."""
+    return row.get("layer"), row.get("method")
+
+
 def by_picture(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows of pictures, which have all of them one after the other, apart."""
     pictures: list[list[Row]] = []
     for row in rows:
         first = pictures[-1][0] if pictures else row
-        if row["rank"] == first["rank"] and row["layer"] == first["layer"]:
+        if row["rank"] == first["rank"] and variant(row) == variant(first):
             pictures.append([])
         pictures[-1].append(row)
     return pictures
 
 
-def _statistics(maps: Tensor) -> dict[str, Tensor]:
+def statistics(maps: Tensor) -> dict[str, Tensor]:
     """Of maps [N, K, H, W], each [N, K]; the shares mean nothing where the mass is 0."""
     height, width = maps.shape[2:]
     mass = maps.sum((2, 3))
@@ -345,6 +365,6 @@ def _statistics(maps: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """As many digits as float32 has."""
     return float(f"{value:.7g}")

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from gradcampp_ext.batch.engine import by_picture
+from gradcampp_ext.batch.engine import by_picture, variant
 
 if TYPE_CHECKING:
     from gradcampp_ext.batch.engine import Row
@@ -183,7 +183,7 @@ def _line(rows: Sequence[Row]) -> Text:
         true = f"wrong, it is {_class(first, 'label')}"
         text.append(", ")
         text.append(*(("right", "green") if first["right"] else (true, "red")))
-    explained = [row for row in rows if row["layer"] == first["layer"]]
+    explained = [row for row in rows if variant(row) == variant(first)]
     others = [row for row in explained if row["target"] != first["predicted"]]
     if others:
         text.append("; explained: " if len(explained) == 1 else "; ")

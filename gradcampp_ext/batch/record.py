@@ -21,6 +21,11 @@ from typing import Any
 
 RESULTS, ERRORS, SETTINGS = "results.jsonl", "errors.jsonl", "run.json"
 RESULTS_TABLE, MAP_SETS = "results.parquet", ("maps.parquet", "maps.zarr")
+EVALUATION = "evaluation.json"  # comes last of what an evaluation ends with
+_EVALUATED = (
+    *("bars.png", "wins.png", "curves.png", "randomization.png", "disagreements.jpg"),
+    *("evaluation.csv", EVALUATION),
+)
 REPORT = "report"  # folder of the report
 _PARTIAL = ".partial"
 _LIKE_OUTPUT = r"(?i)\.(jpg|png|webp|npy)$"  # a folder called like a file would be in its way
@@ -236,13 +241,16 @@ def _explained(folder: Path, error: OSError) -> RecordError:
 
 
 def _remove_outputs(folder: Path) -> None:
-    """Removes the files that results.jsonl names, data sets and report, then the records."""
+    """Removes what results.jsonl names, data sets, summaries and report, then the records."""
     inside = folder.resolve()
     if (folder / SETTINGS).exists():
         for name in (RESULTS_TABLE, f"{REPORT}/index.html"):
             (folder / name).unlink(missing_ok=True)
         for name in (*MAP_SETS, f"{REPORT}/data", f"{REPORT}/assets"):
             shutil.rmtree(folder / name, ignore_errors=True)
+    if (folder / EVALUATION).exists():
+        for name in _EVALUATED:
+            (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError), (folder / RESULTS).open("rb") as lines:
         for line in lines:
             with contextlib.suppress(ValueError):

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from gradcampp_ext import imaging
+from gradcampp_ext.batch.engine import variant
 from gradcampp_ext.batch.progress import printable
 from gradcampp_ext.batch.record import ERRORS, REPORT, RESULTS, SETTINGS, RecordError
 
@@ -40,7 +41,7 @@ _THUMBNAIL, _MAP = 384, 224  # pixels of the longer side, at most
 _PER_PAGE = 250  # pictures in one script of data
 _BINS = 20  # of confidence
 _GRID = 16  # cells a side, in which maps are averaged and compared
-_COMPARED = 8  # maps of a picture, at most, that are compared with each other
+_COMPARED = 12  # maps of a picture, at most, that are compared with each other
 _SHOWN = 48  # classes with a mean map, and rows of a table
 _COLORMAPS = ("turbo", "viridis", "inferno", "gray")
 _ASSETS = ("report.css", "report.js")
@@ -54,7 +55,7 @@ _IDENTITY = frozenset(
 )  # fmt: skip
 
 Grid: TypeAlias = npt.NDArray[np.float32]
-_Key: TypeAlias = tuple[int, int]  # rank and variant: which map of a picture
+_Kind: TypeAlias = tuple[int, str, str]  # rank, layer and method: which map of a picture
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def build(
     """Write the report of the results in a folder; or write it again, in place of the old one.
 
     All results of one picture are neighbours in results.jsonl. They differ in "rank" (class), and
-    perhaps in "layer" and "method", which become a switch. Every number in a row that `gradcampp
-    explain` does not give is shown and can be sorted by, under its own name.
+    perhaps in "layer" and "method"; each of the three becomes a switch. Every number in a row that
+    `gradcampp explain` does not give is shown and can be sorted by, under its own name.
 
     Args:
         folder: of a run with `sinks()` among its sinks.
@@ -160,30 +161,33 @@ def _asset(name: str) -> str:
 def _write_data(folder: Path, data: Path) -> _Summary:
     """Writes index.js, which all views need, and the details of each page; memory stays flat."""
     summary = _Summary(folder)
-    figures: list[str] | None = None
+    figures: dict[str, int] = {}
     pictures = _pictures(folder)
     with (data / "index.js").open("w", encoding="ascii") as index:
         index.write("gradcampp.index([\n")
         for number in itertools.count():
             page = []
             for rows in itertools.islice(pictures, _PER_PAGE):
-                if figures is None:
-                    figures = _figures(rows[0])
-                picture = _picture(rows, figures, summary.variants)
+                for row in rows:
+                    _learn(row, figures)
+                picture = _picture(rows, figures, summary.kinds)
                 summary.add(rows, picture["maps"])
                 page.append(_script(picture))
                 shared = [picture[key] for key in _INDEXED]
-                index.write(_script([*shared, *picture["maps"][0]["figures"]]) + ",\n")
+                by_kind = {each["kind"]: each["figures"] for each in picture["maps"]}
+                of_maps = [by_kind.get(kind) for kind in range(max(by_kind) + 1)]
+                index.write(_script([*shared, of_maps]) + ",\n")
             if not page:
                 break
             text = f"gradcampp.page({number}, [\n{f',{chr(10)}'.join(page)}\n]);\n"
             (data / f"{number}.js").write_text(text, encoding="ascii")
         meta = {
             "classes": summary.names,
-            "figures": figures or [],
-            "variants": list(summary.variants),
-            "variant": summary.differ,
+            "figures": list(figures),
+            "kinds": summary.places(),
             "ranks": summary.ranks,
+            "layers": summary.layers,
+            "methods": summary.methods,
             "ratio": summary.ratio,
             "perPage": _PER_PAGE,
         }
@@ -205,14 +209,17 @@ def _lines(file: Path) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def _figures(row: Row) -> list[str]:
-    """Numbers that can be shown and sorted by; None where there is nothing to measure."""
+def _learn(row: Row, figures: dict[str, int]) -> None:
+    """Numbers that can be shown and sorted by, in the order in which rows come to have them."""
     numbers = [name for name, value in row.items() if type(value) in (int, float)]
-    known = [name for name in ("central_mass", "entropy") if name in row]
-    return list(dict.fromkeys(known + [name for name in numbers if name not in _IDENTITY]))
+    known = [name for name in ("central_mass", "entropy") if name in row]  # perhaps None
+    for name in known + [name for name in numbers if name not in _IDENTITY]:
+        figures.setdefault(name, len(figures))
 
 
-def _picture(rows: list[Row], figures: list[str], variants: dict[str, int]) -> dict[str, Any]:
+def _picture(
+    rows: list[Row], figures: Mapping[str, int], kinds: dict[_Kind, int]
+) -> dict[str, Any]:
     first = rows[0]
     maps = []
     for row in rows:
@@ -220,14 +227,13 @@ def _picture(rows: list[Row], figures: list[str], variants: dict[str, int]) -> d
         if "thumbnail" not in files or "grey" not in files:
             raise ValueError(
                 "these results lack the report's pictures; explain with --report "
-                "(batch.report.sinks()) to have them written"
+                "(batch.report.sinks()), or evaluate again, to have them written"
             )
-        given = [row[name] for name in ("layer", "method") if row.get(name)]
+        layer, method = (printable(name or "") for name in variant(row))
         maps.append(
             {
                 "grey": _inside(files["grey"]),
-                "rank": row["rank"],
-                "variant": variants.setdefault(printable(" · ".join(given)), len(variants)),
+                "kind": kinds.setdefault((row["rank"], layer, method), len(kinds)),
                 "target": row["target"],
                 "probability": row["probability"],
                 "score": row["score"],
@@ -276,7 +282,7 @@ class _Summary:
         self.pictures = self.ranks = 0
         self.ratio = 1.0
         self.names: dict[int, str] = {}
-        self.variants: dict[str, int] = {}
+        self.kinds: dict[_Kind, int] = {}
         self.known: Counter[bool | None] = Counter()
         self.bins: list[Counter[bool | None]] = [Counter() for _ in range(_BINS)]
         self.confidence = np.zeros(_BINS)  # sums, of labelled pictures
@@ -284,12 +290,10 @@ class _Summary:
         self.right: Counter[int] = Counter()
         self.confused: Counter[tuple[int, int]] = Counter()
         self.found: Counter[int] = Counter()  # the rank of the true class, among those explained
-        # of the first class, by that class (None: any) and variant
+        # of the first class, by that class (None: any) and kind
         self.means: dict[tuple[int | None, int], _Mean] = {}
-        self.agreement: dict[tuple[_Key, _Key], _Mean] = {}
+        self.agreement: dict[tuple[int, int], _Mean] = {}
         self._folder = folder
-        self._layers: set[str | None] = set()
-        self._methods: set[str | None] = set()
 
     def add(self, rows: list[Row], maps: list[dict[str, Any]]) -> None:
         first = rows[0]
@@ -310,26 +314,41 @@ class _Summary:
                 self.confused[first["label"], predicted] += 1
             ranks = [row["rank"] for row in rows if row["target"] == first["label"]]
             self.found.update(ranks[:1])
-        grids: dict[_Key, Grid] = {}
+        grids: dict[int, Grid] = {}
         for row, shown in zip(rows, maps, strict=True):
             self.ranks = max(self.ranks, row["rank"])
-            self._layers.add(row.get("layer"))
-            self._methods.add(row.get("method"))
             for which in ("predicted", "label", "target"):
                 if row[which] is not None and row[which] not in self.names:
                     self.names[row[which]] = printable(row.get(f"{which}_name") or str(row[which]))
             grid = _grid(self._folder / row["files"]["grey"])
-            grids[row["rank"], shown["variant"]] = grid
+            grids[shown["kind"]] = grid
             if row["rank"] == 1:
                 for target in (None, row["target"]):
-                    self.means.setdefault((target, shown["variant"]), _Mean()).add(grid)
+                    self.means.setdefault((target, shown["kind"]), _Mean()).add(grid)
         self._compare(grids)
 
     @property
-    def differ(self) -> str:
-        """What the variants differ in, for a label."""
-        differ = {"layer": len(self._layers) > 1, "method": len(self._methods) > 1}
-        return " and ".join(name for name, several in differ.items() if several) or "layer"
+    def layers(self) -> list[str]:
+        return list(dict.fromkeys(layer for _, layer, _ in self.kinds))
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(method for _, _, method in self.kinds))
+
+    def places(self) -> list[list[int]]:
+        """Rank, number of the layer and number of the method of each kind."""
+        layers, methods = self.layers, self.methods
+        return [
+            [rank, layers.index(layer), methods.index(method)] for rank, layer, method in self.kinds
+        ]
+
+    def titles(self, *, ranked: bool = True) -> list[str]:
+        """What tells each kind from the others, the class too if `ranked`."""
+        several = (ranked and self.ranks > 1, len(self.layers) > 1, len(self.methods) > 1)
+        return [
+            " · ".join(itertools.compress((f"class {rank}", layer, method), several))
+            for rank, layer, method in self.kinds
+        ]
 
     @property
     def labelled(self) -> int:
@@ -345,7 +364,7 @@ class _Summary:
         """Share of labelled pictures whose true class is among the first explained ones."""
         return sum(count for at, count in self.found.items() if at <= rank) / self.labelled
 
-    def _compare(self, grids: Mapping[_Key, Grid]) -> None:
+    def _compare(self, grids: Mapping[int, Grid]) -> None:
         """Correlations of a picture's maps with each other; a constant map has none."""
         if len(grids) < 2:
             return
@@ -381,17 +400,11 @@ def _grid(file: Path) -> Grid:
 def _render(folder: Path, summary: _Summary, title: str | None, sections: Mapping[str, str]) -> str:
     settings = _settings(folder / SETTINGS)
     if title is None:
-        title = " · ".join(str(settings[key]) for key in ("model", "method") if key in settings)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gradcampp_ext", "data/report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        named = ("model", "method", "command")
+        title = " · ".join(str(settings[key]) for key in named if key in settings)
     colormaps = dict.fromkeys([settings.get("colormap", _COLORMAPS[0]), *_COLORMAPS])
     failures, failed = _failures(folder / ERRORS)
-    return environment.get_template("index.html.j2").render(
+    return template("index.html.j2").render(
         title=printable(title or "Explanations"),
         settings={printable(key): printable(_plain(value)) for key, value in settings.items()},
         summary=summary,
@@ -404,6 +417,18 @@ def _render(folder: Path, summary: _Summary, title: str | None, sections: Mappin
         failures=failures,
         failed=failed,
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """One of the report's, which show text as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gradcampp_ext", "data/report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -457,6 +482,7 @@ def _histogram(summary: _Summary) -> list[dict[str, Any]]:
 
 def _means(summary: _Summary) -> list[dict[str, Any]]:
     """Mean maps: of all pictures, then of the classes that were explained most often."""
+    names = summary.titles(ranked=False)
     counts = Counter({target: mean.count for (target, _), mean in summary.means.items()})
     return [
         {
@@ -465,9 +491,9 @@ def _means(summary: _Summary) -> list[dict[str, Any]]:
             # where a class was asked for, it is not what was predicted
             "predicted": target is None or count == summary.predicted[target],
             "maps": [
-                (variant, _data_url(summary.means[target, number].value))
-                for variant, number in summary.variants.items()
-                if (target, number) in summary.means
+                (name, _data_url(summary.means[target, kind].value))
+                for kind, name in enumerate(names)
+                if (target, kind) in summary.means
             ],
         }
         for target, count in counts.most_common(1 + _SHOWN)
@@ -483,14 +509,9 @@ def _data_url(grid: Grid) -> str:
 def _agreement(summary: _Summary) -> tuple[list[str], list[list[float | None]]]:
     """Names of a picture's maps, and their mean correlations."""
     keys = sorted({key for pair in summary.agreement for key in pair})
-    variants = list(summary.variants)
-    several = len({rank for rank, _ in keys}) > 1
-    names = [
-        " · ".join(part for part in (f"class {rank}" if several else "", variants[number]) if part)
-        for rank, number in keys
-    ]
+    names = summary.titles()
     matrix: list[list[float | None]] = []
     for one in keys:
         means = [summary.agreement.get((min(one, other), max(one, other))) for other in keys]
         matrix.append([None if mean is None else float(mean.value) for mean in means])
-    return names, matrix
+    return [names[key] for key in keys], matrix

@@ -132,19 +132,26 @@ class Writer:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """What the files of a picture's maps are called: by rank and layer where there are several."""
+    """What a picture's files are called: by rank, layer and method where there are several."""
     several_ranks = len({row["rank"] for row in rows}) > 1
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    called = [safe_name(layer) for layer in layers]
-    if len({name.casefold() for name in called}) < len(layers) or len(max(called, key=len)) > 40:
-        called = [f"layer{number}" for number in range(1, len(layers) + 1)]
-    by_layer = dict(zip(layers, called, strict=True))
+    layers = _called("layer", [row["layer"] for row in rows])
+    methods = _called("method", [row.get("method", "") for row in rows])
     return [
-        row["name"]
-        + (f".top{row['rank']}" if several_ranks else "")
-        + (f".{by_layer[row['layer']]}" if len(layers) > 1 else "")
-        for row in rows
+        row["name"] + (f".top{row['rank']}" if several_ranks else "") + layer + method
+        for row, layer, method in zip(rows, layers, methods, strict=True)
     ]
+
+
+def _called(what: str, names: Sequence[str]) -> list[str]:
+    """Suffixes by name, or by number where a file could not be called so; none if all are one."""
+    different = list(dict.fromkeys(names))
+    if len(different) == 1:
+        return [""] * len(names)
+    called = [safe_name(name) for name in different]
+    if len({name.casefold() for name in called}) < len(called) or len(max(called, key=len)) > 40:
+        called = [f"{what}{number}" for number in range(1, len(called) + 1)]
+    suffixes = dict(zip(different, called, strict=True))
+    return [f".{suffixes[name]}" for name in names]
 
 
 _Written: TypeAlias = "tuple[Row, dict[str, Future[str]]]"

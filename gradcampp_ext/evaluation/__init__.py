@@ -10,6 +10,7 @@ found = evaluation.run(
 
 from __future__ import annotations
 
+from gradcampp_ext.evaluation import report
 from gradcampp_ext.evaluation.boxes import read_boxes
 from gradcampp_ext.evaluation.evaluator import Evaluator, Options
 from gradcampp_ext.evaluation.measures import MEASURES, METRICS
@@ -24,6 +25,7 @@ __all__ = [
     "Options",
     "markdown",
     "read_boxes",
+    "report",
     "run",
     "show",
 ]

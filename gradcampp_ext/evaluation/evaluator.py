@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gradcampp_ext.batch.engine import EngineError
+from gradcampp_ext.batch.engine import EngineError, rounded, rows_of, statistics
+from gradcampp_ext.batch.sinks import Rendered
 from gradcampp_ext.batch.sources import label_key
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.evaluation.boxes import Annotations, seen
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradcampp_ext.batch.decode import Batch, Decoded
+    from gradcampp_ext.batch.engine import Row
     from gradcampp_ext.explainer import Captured
     from gradcampp_ext.models import LoadedModel
 
-Row: TypeAlias = dict[str, Any]
 Spaces: dict[str, Baseline] = {"input": "zero", "pixels": "black"}
 
 
@@ -118,6 +119,11 @@ class Options:
                 f"normalised input; got {self.tolerance} and {self.radius}"
             )
 
+    @property
+    def maps(self) -> int:
+        """Maps, and rows of results, of each picture: methods times layers."""
+        return len(self.methods) * len(self.layers or ("default",))
+
 
 class Evaluator:
     """Evaluates batches with one model.
@@ -154,13 +160,14 @@ class Evaluator:
         if "insertion" in options.metrics or "deletion" in options.metrics:
             perturbation.schedule(self._size[0] * self._size[1], options.steps)
 
-    def __call__(self, batch: Batch) -> list[list[Row]]:
-        """A row a picture, in a list of its own.
+    def __call__(self, batch: Batch) -> tuple[list[list[Row]], Rendered | None]:
+        """`Options.maps` rows a picture, layer by layer, and what sinks draw from.
 
-        A picture whose scores or maps are not finite has none, and is added to the failures.
+        A row is that of an explanation, with the method and what its map is worth. A picture whose
+        scores or maps are not finite has no rows, and is added to the failures.
         """
         if not batch.items:
-            return []
+            return [], None
         images = self._images(batch)
         try:
             return self._evaluate(images, batch)
@@ -217,7 +224,7 @@ class Evaluator:
             for activations, gradients in zip(captured.activations, captured.gradients, strict=True)
         ]
 
-    def _evaluate(self, images: Tensor, batch: Batch) -> list[list[Row]]:
+    def _evaluate(self, images: Tensor, batch: Batch) -> tuple[list[list[Row]], Rendered]:
         items, options, wanted = batch.items, self._options, set(self._options.metrics)
         seeds = _seeds(items)
         captured = self._capture(images, items)
@@ -264,41 +271,31 @@ class Evaluator:
         if "randomization" in wanted:
             self._randomize(images, captured, classes, seeds, table)
 
-        finite = (table.finite() & output.isfinite().all(1)).tolist()
         sure, predicted = output.softmax(1).max(1)
+        shown = maps.transpose(0, 1)
+        tensors = {
+            "predicted": predicted,
+            "confidence": sure,
+            "target": classes[:, None],
+            "probability": full[:, None],
+            "score": scores.values.float(),
+            **statistics(shown),
+        }
+        finite = tensors.pop("finite") & table.finite() & output.isfinite().all(1)
+        columns = {name: tensor.tolist() for name, tensor in tensors.items()}
+        kinds = [{"layer": layer, "method": method} for layer, method in self.names]
         rows: list[list[Row]] = []
-        for n, item in enumerate(items):
-            if not finite[n]:
+        for n, (item, usable) in enumerate(zip(items, finite.tolist(), strict=True)):
+            if not usable:
                 reason = f"scores or maps are not finite; does {options.dtype} overflow?"
                 batch.failures.append((item.path, reason))
                 rows.append([])
                 continue
-            base = self._row(item, int(predicted[n]), float(sure[n]), int(classes[n]))
-            base["probability"] = rounded(float(full[n]))
-            base["maps"] = [
-                {"layer": layer, "method": method, **table.of(m, n)}
-                for m, (layer, method) in enumerate(self.names)
-            ]
-            rows.append([base])
-        return rows
-
-    def _row(self, item: Decoded, predicted: int, sure: float, target: int) -> Row:
-        names = self._model.classes.name
-        label = item.label
-        return {
-            "path": item.path,
-            "name": item.name,
-            "predicted": predicted,
-            "predicted_name": names(predicted),
-            "predicted_probability": rounded(sure),
-            "label": label,
-            "label_name": None if label is None else names(label),
-            "right": None if label is None else label == predicted,
-            "rank": 1,
-            "layer": ", ".join(self.layers),
-            "target": target,
-            "target_name": names(target),
-        }
+            figures = {name: column[n] for name, column in columns.items()}
+            of_picture = rows_of(item, self._model.classes, kinds, figures)
+            rows.append([row | table.of(m, n) for m, row in enumerate(of_picture)])
+        # the report, which is all that is drawn, takes maps as large as pictures
+        return rows, Rendered(batch.displays.to(images.device), shown, shown)
 
     def _baseline(self, images: Tensor, kind: Baseline) -> Tensor:
         black = self._model.recipe.normalize(
@@ -545,11 +542,6 @@ class _Table:
             for name, column in self._curves.items()
         }
         return {**numbers, "curves": curves} if curves else numbers
-
-
-def rounded(value: float) -> float:
-    """As many digits as float32 has."""
-    return float(f"{value:.7g}")
 
 
 def _seeds(items: Sequence[Decoded]) -> list[int]:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from gradcampp_ext.batch.engine import Row
     from gradcampp_ext.batch.items import Source
     from gradcampp_ext.evaluation.evaluator import Evaluator
     from gradcampp_ext.models import LoadedModel
 
-_TILE, _CAPTION, _GAP = 168, 34, 6  # pixels, of disagreements.png
+_TILE, _CAPTION, _GAP = 168, 34, 6  # pixels, of disagreements.jpg
 
 
 def draw(result: dict[str, Any]) -> dict[str, bytes]:
@@ -38,28 +39,32 @@ def draw(result: dict[str, Any]) -> dict[str, bytes]:
 
 
 def disagreements(
-    rows: Sequence[dict[str, Any]],
+    pictures: Sequence[Sequence[Row]],
     source: Source,
     model: LoadedModel,
     evaluator: Evaluator,
     *,
     count: int = 6,
 ) -> dict[str, bytes]:
-    """disagreements.png: the pictures on which the methods differ most in O, with all their maps.
+    """disagreements.jpg: the pictures on which the methods differ most in O, with all their maps.
 
     The pictures are read and explained once more. Nothing if there is no O, or only one method.
     """
-    if len(rows[0]["maps"]) < 2 or "behind" not in rows[0]["maps"][0]:
+    if len(pictures[0]) < 2 or "behind" not in pictures[0][0]:
         return {}
 
-    def spread(row: dict[str, Any]) -> float:
-        behind: list[float] = [each["behind"] for each in row["maps"]]
+    def spread(rows: Sequence[Row]) -> float:
+        behind: list[float] = [row["behind"] for row in rows]
         return max(behind) - min(behind)
 
-    chosen = {row["path"]: row for row in sorted(rows, key=spread, reverse=True)[:count]}
-    items = [item for item in source if item.path in chosen]
+    furthest = sorted(pictures, key=spread, reverse=True)[:count]
+    chosen = {rows[0]["path"]: rows for rows in furthest}
+    order = {path: place for place, path in enumerate(chosen)}
+    items = sorted(
+        (item for item in source if item.path in chosen), key=lambda item: order[item.path]
+    )
     decoder = Decoder(source, model, model.recipe.size, needs_label=evaluator.by_label)
-    batch = decoder[[(item, chosen[item.path]["name"]) for item in items]]
+    batch = decoder[[(item, chosen[item.path][0]["name"]) for item in items]]
     if not batch.items:
         return {}
     maps = evaluator.maps(batch)
@@ -72,19 +77,19 @@ def disagreements(
     for column, title in enumerate(titles):
         ink.text((_GAP + column * step, 4), _short(title), fill="black", font=font)
     for line, item in enumerate(batch.items):
-        row, top = chosen[item.path], _CAPTION + line * (step + _CAPTION)
+        rows, top = chosen[item.path], _CAPTION + line * (step + _CAPTION)
         tiles = [batch.pictures[line].numpy(), *(each[line] for each in drawn)]
-        name = row["target_name"] or str(row["target"])
-        captions = [f"{name}\nY = {row['probability']:.2f}"]
-        captions += [f"O = {each['behind']:.2f}" for each in row["maps"]]
+        name = rows[0]["target_name"] or str(rows[0]["target"])
+        captions = [f"{name}\nY = {rows[0]['probability']:.2f}"]
+        captions += [f"O = {row['behind']:.2f}" for row in rows]
         for column, (pixels, caption) in enumerate(zip(tiles, captions, strict=True)):
             left = _GAP + column * step
             tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((_TILE, _TILE))
             sheet.paste(tile, (left, top))
             ink.text((left, top + _TILE + 2), _short(caption), fill="black", font=font)
     file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return {"disagreements.png": file.getvalue()}
+    sheet.save(file, "JPEG", quality=90)
+    return {"disagreements.jpg": file.getvalue()}
 
 
 def _short(text: str) -> str:

@@ -12,17 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradcampp_ext.batch import report as batch_report
 from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
+from gradcampp_ext.batch.engine import by_picture
 from gradcampp_ext.batch.items import length
 from gradcampp_ext.batch.pipeline import Clock, Summary, Tally, chunks_of
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
-from gradcampp_ext.evaluation import plots
+from gradcampp_ext.batch.sinks import draw
+from gradcampp_ext.batch.writer import Writer
+from gradcampp_ext.evaluation import plots, report
 from gradcampp_ext.evaluation.evaluator import Evaluator, Options
 from gradcampp_ext.evaluation.summary import files, summarize
 
 if TYPE_CHECKING:
     from gradcampp_ext.batch.items import Source
+    from gradcampp_ext.batch.sinks import FileSink
     from gradcampp_ext.evaluation.boxes import Annotations
     from gradcampp_ext.models import LoadedModel
 
@@ -34,10 +39,12 @@ class Evaluation:
     Attributes:
         run: how many pictures, how fast.
         result: as evaluation.json has it; None if the run was interrupted or had no pictures.
+        report: the page to open; None where there is no result, or nothing was to be drawn.
     """
 
     run: Summary
     result: dict[str, Any] | None
+    report: Path | None
 
 
 def run(
@@ -57,12 +64,13 @@ def run(
     Args:
         source: see `gradcampp_ext.batch.sources`.
         model: is moved to the device, dtype and memory layout that it runs in.
-        out: gets results.jsonl, errors.jsonl if pictures failed, run.json, and at the end
-            evaluation.json, evaluation.csv and pictures.
+        out: gets results.jsonl, a line a map, errors.jsonl if pictures failed, run.json, and at the
+            end evaluation.json, evaluation.csv, plots and the report.
         options: what to evaluate and how; default `Options()`.
         boxes: for localisation, see `gradcampp_ext.evaluation.boxes.read_boxes`.
         pictures: draw the results, and maps of the pictures on which methods differ most, which
-            are explained once more for that (see `gradcampp_ext.evaluation.plots`).
+            are explained once more for that (see `gradcampp_ext.evaluation.plots`); and write the
+            report (see `gradcampp_ext.evaluation.report`).
         overwrite: remove an earlier run's outputs first.
         progress: is told what happens.
         stop: when set, the batch in flight is finished and the run ends.
@@ -84,8 +92,10 @@ def run(
         batches = None if total is None else -(-total // options.batch_size)
         workers = default_workers(options.device, batches)
     decided = settings(model, options, boxes)
-    record = Record(out, decided, overwrite=overwrite)
-    result = None
+    sinks: list[FileSink] = batch_report.sinks() if pictures else []
+    recorded = decided | {"report": pictures}
+    record = Record(out, recorded, rows=options.maps, overwrite=overwrite)
+    result = index = None
     with record, progress:
         decoder = Decoder(source, model, model.recipe.size, needs_label=evaluator.by_label)
         chunks = chunks_of(source, record, options.batch_size, summary)
@@ -93,25 +103,24 @@ def run(
         with Decoding(decoder, chunks, workers=workers, pin=pin) as decoding:
             progress.started(total, len(record.done))
             clock = Clock()
-            while not stop.is_set():
-                batch = decoding.next()
-                clock.lap("decode")
-                if batch is None:
-                    break
-                rows = [row for of_picture in evaluator(batch) for row in of_picture]
-                clock.lap("explain")
-                record.finish(rows)
-                tally.explained(rows)
-                for path, reason in batch.failures:
-                    record.fail(path, reason)
-                    tally.failed(path, reason)
-                clock.lap("write")
-            else:
-                summary.interrupted = True
+            with Writer(record, sinks, tally) as writer:
+                while not stop.is_set():
+                    batch = decoding.next()
+                    clock.lap("decode")
+                    if batch is None:
+                        break
+                    rows, rendered = evaluator(batch)
+                    drawn = None if rendered is None else draw(sinks, rendered)
+                    clock.lap("explain")
+                    writer.put(rows, drawn, batch.failures)
+                    clock.lap("write")
+                else:
+                    summary.interrupted = True
+            clock.lap("write")
         summary.layer = ", ".join(evaluator.layers) or None
         summary.seconds, summary.shares = clock.shares()
         if not summary.interrupted and summary.resumed + summary.explained:
-            taken = list(record.rows())
+            taken = by_picture(record.rows())
             result = summarize(taken, decided, evaluator.stages)
             made = files(result)
             if pictures:
@@ -119,8 +128,10 @@ def run(
                 made |= plots.disagreements(taken, source, model, evaluator)
             for name, content in made.items():
                 record.write(name, content)
+            if pictures:
+                index = report.build(out)
     progress.finished(summary)
-    return Evaluation(summary, result)
+    return Evaluation(summary, result, index)
 
 
 def settings(model: LoadedModel, options: Options, boxes: Annotations | None) -> dict[str, Any]:

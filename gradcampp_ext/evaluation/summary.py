@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from gradcampp_ext import _native
 from gradcampp_ext.evaluation.measures import MEASURES, WINS
 from gradcampp_ext.metrics import confidence
 
+if TYPE_CHECKING:
+    from gradcampp_ext.batch.engine import Row
+
 Floats: TypeAlias = npt.NDArray[np.float64]
 Result: TypeAlias = dict[str, Any]
 
@@ -27,25 +30,24 @@ _CELLS = 2**22  # of resampled weights held at a time
 
 
 def summarize(
-    rows: Iterable[dict[str, Any]], settings: dict[str, Any], stages: Sequence[str] = ()
+    pictures: Sequence[Sequence[Row]], settings: dict[str, Any], stages: Sequence[str] = ()
 ) -> Result:
     """What evaluation.json says.
 
     Args:
-        rows: of results.jsonl, at least one.
+        pictures: rows of results.jsonl, picture by picture; at least one.
         settings: of the run.
         stages: names of what was randomised, if that was evaluated.
     """
-    taken = list(rows)
-    names = [(each["layer"], each["method"]) for each in taken[0]["maps"]]
+    names = [(row["layer"], row["method"]) for row in pictures[0]]
     values = {
-        measure: _column(taken, measure)
+        measure: _column(pictures, measure)
         for measure in MEASURES
-        if any(measure in each for row in taken for each in row["maps"])
+        if any(measure in row for rows in pictures for row in rows)
     }
-    labelled = [row["right"] for row in taken if row["right"] is not None]
+    labelled = [first["right"] for first, *_ in pictures if first["right"] is not None]
     result: Result = {
-        "images": len(taken),
+        "images": len(pictures),
         "labelled": len(labelled),
         "right": sum(labelled),
         "settings": settings,
@@ -95,10 +97,10 @@ def summarize(
             "unit": "%",
         }
         result["wins"] = [
-            _wins(_column(taken, "behind"), names, layer)
+            _wins(_column(pictures, "behind"), names, layer)
             for layer in dict.fromkeys(layer for layer, _ in names)
         ]
-    result["curves"] = list(_curves(taken, names))
+    result["curves"] = list(_curves(pictures, names))
     if stages:
         result["stages"] = list(stages)
     return result
@@ -142,23 +144,21 @@ def layers_of(result: Result) -> list[str]:
 
 
 def table(result: Result, layer: str) -> tuple[list[str], list[list[str]]]:
-    """Titles of columns, and a row of text a method: its name, and each measure's mean [interval].
+    """Titles of columns, and a row of text a measure: its title, and each method's mean [interval].
 
     An arrow says which way a measure is good.
     """
     entries = [entry for entry in result["summary"] if entry["layer"] == layer]
-    measures = list(dict.fromkeys(entry["measure"] for entry in entries))
+    methods = list(dict.fromkeys(entry["method"] for entry in entries))
     arrows = {"lower": " ↓", "higher": " ↑", None: ""}
-    titles = [
-        result["definitions"][name]["title"] + arrows[result["definitions"][name]["better"]]
-        for name in measures
-    ]
     rows: dict[str, list[str]] = {}
     for entry in entries:
-        digits = 1 if result["definitions"][entry["measure"]]["unit"] else 3
+        definition = result["definitions"][entry["measure"]]
+        digits = 1 if definition["unit"] else 3
         cell = "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**entry, d=digits)
-        rows.setdefault(entry["method"], []).append(cell)
-    return ["method", *titles], [[method, *cells] for method, cells in rows.items()]
+        title = definition["title"] + arrows[definition["better"]]
+        rows.setdefault(title, []).append(cell)
+    return ["", *methods], [[title, *cells] for title, cells in rows.items()]
 
 
 def wins_table(result: Result, layer: str) -> tuple[list[str], list[list[str]]]:
@@ -168,13 +168,15 @@ def wins_table(result: Result, layer: str) -> tuple[list[str], list[list[str]]]:
         [method, *("" if value is None else f"{value:.1f}" for value in row)]
         for method, row in zip(wins["methods"], wins["percent"], strict=True)
     ]
-    return ["wins over", *wins["methods"]], rows
+    return ["Win % ↑ over", *wins["methods"]], rows
 
 
 def show(result: Result) -> None:
     """Print the tables."""
     terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, width=None if terminal else 240)
+    console = Console(
+        file=sys.stdout, width=None if terminal else 40 * (1 + len(result["settings"]["methods"]))
+    )
     for layer in layers_of(result):
         tables = [table(result, layer)]
         if "wins" in result and len(result["settings"]["methods"]) > 1:
@@ -201,13 +203,13 @@ def markdown(result: Result) -> str:
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
-    lines += [[f"`{method}`", *cells] for method, *cells in rows]
+    lines += rows
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
+def _column(pictures: Sequence[Sequence[Row]], name: str) -> Floats:
     """[images, contenders], NaN where a map has no such number."""
-    return np.array([[each.get(name, np.nan) for each in row["maps"]] for row in rows], float)
+    return np.array([[row.get(name, np.nan) for row in rows] for rows in pictures], float)
 
 
 def _wins(behind: Floats, names: Sequence[tuple[str, str]], layer: str) -> Result:
@@ -232,10 +234,12 @@ def _off_diagonal(square: Floats) -> list[list[float | None]]:
     ]
 
 
-def _curves(rows: Sequence[dict[str, Any]], names: Sequence[tuple[str, str]]) -> Iterator[Result]:
-    for curve in rows[0]["maps"][0].get("curves", {}):
+def _curves(
+    pictures: Sequence[Sequence[Row]], names: Sequence[tuple[str, str]]
+) -> Iterator[Result]:
+    for curve in pictures[0][0].get("curves", {}):
         for m, (layer, method) in enumerate(names):
-            values = np.array([row["maps"][m]["curves"][curve] for row in rows], float)
+            values = np.array([rows[m]["curves"][curve] for rows in pictures], float)
             yield {
                 "layer": layer,
                 "method": method,

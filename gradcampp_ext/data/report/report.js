@@ -17,7 +17,10 @@ const gradcampp = (() => {
   let focused = 0; // position of the card that the tabulator reaches
 
   const PATH = 0, PREDICTED = 1, CONFIDENCE = 2, LABEL = 3, RIGHT = 4, FIGURES = 5;
-  const COLUMNS = new Map([["path", PATH], ["confidence", CONFIDENCE]]); // to sort by
+  const COLUMNS = new Map([ // to sort by
+    ["path", (row) => row[PATH]],
+    ["confidence", (row) => row[CONFIDENCE]],
+  ]);
 
   // Data
 
@@ -55,7 +58,7 @@ const gradcampp = (() => {
 
   const DEFAULTS = {
     view: "gallery", id: 0, q: "", right: "", predicted: "", label: "", low: 0, high: 100,
-    sort: "", page: 1, rank: 1, variant: 0,
+    sort: "", page: 1, rank: 1, layer: 0, method: 0,
   };
 
   function read() {
@@ -68,7 +71,8 @@ const gradcampp = (() => {
       else if (Number.isInteger(Number(value))) found[name] = Number(value);
     }
     found.rank = clamp(found.rank, 1, Math.max(1, meta.ranks));
-    found.variant = clamp(found.variant, 0, meta.variants.length - 1);
+    found.layer = clamp(found.layer, 0, meta.layers.length - 1);
+    found.method = clamp(found.method, 0, meta.methods.length - 1);
     return found;
   }
 
@@ -109,15 +113,18 @@ const gradcampp = (() => {
     return sorted(found);
   }
 
-  // Ties, and what has no figure, stay in the order of the run.
+  const column = () => state.sort.replace(/^-/, "");
+
+  // Figures are those of the maps that are shown. Ties, and what has no figure, stay in the order of the run.
   function sorted(ids) {
     const descending = state.sort.startsWith("-");
-    const column = COLUMNS.get(state.sort.replace(/^-/, ""));
-    if (column === undefined) return ids;
+    const value = COLUMNS.get(column());
+    if (value === undefined) return ids;
+    const which = kind(state.rank);
     const collator = new Intl.Collator(undefined, { numeric: true });
-    const order = column === PATH ? collator.compare : (a, b) => a - b;
+    const order = state.sort === "path" ? collator.compare : (a, b) => a - b;
     return ids.sort((a, b) => {
-      const one = rows[a][column], other = rows[b][column];
+      const one = value(rows[a], which), other = value(rows[b], which);
       if (one === null || other === null) return (one === null) - (other === null);
       return descending ? order(other, one) : order(one, other);
     });
@@ -139,12 +146,35 @@ const gradcampp = (() => {
   const url = (path) => path.split("/").map(encodeURIComponent).join("/");
   const share = (value) => `${(100 * value).toFixed(value < 0.1 || value > 0.99 ? 1 : 0)} %`;
   const count = (number) => number.toLocaleString("en");
+  const digits = (figure) => figure?.toPrecision(4) ?? "none";
   const words = (figure) => figure.replaceAll("_", " ");
   const file = (path) => path.split(/[/\\]/).pop();
 
+  // Which maps of the pictures are meant: a number, see meta.kinds.
+  function kind(rank) {
+    return meta.kinds.findIndex((one) => one[0] === rank && one[1] === state.layer && one[2] === state.method);
+  }
+
   function chosen(picture) {
-    const of = (rank, variant) => picture.maps.find((map) => map.rank === rank && map.variant === variant);
-    return of(state.rank, state.variant) ?? of(1, state.variant) ?? picture.maps[0];
+    const of = (which) => picture.maps.find((map) => map.kind === which);
+    return of(kind(state.rank)) ?? of(kind(1)) ?? picture.maps[0];
+  }
+
+  // What tells a map from the others of its picture.
+  const title = (map) => [...(meta.ranks > 1 ? [name(map.target)] : []), ...variant(map)].join(" · ");
+
+  function variant(map) {
+    const [, layer, method] = meta.kinds[map.kind];
+    return [
+      ...(meta.layers.length > 1 ? [meta.layers[layer]] : []),
+      ...(meta.methods.length > 1 ? [meta.methods[method]] : []),
+    ];
+  }
+
+  // What the images are sorted by, of one map.
+  function sortedBy(map) {
+    const number = meta.figures.indexOf(column());
+    return number < 0 ? [] : [element("small", {}, `${words(column())} ${digits(map.figures[number])}`)];
   }
 
   function layers(picture, map, alt) {
@@ -200,6 +230,7 @@ const gradcampp = (() => {
     caption.append(map.target === picture.predicted
       ? element("small", { title: picture.path }, file(picture.path))
       : element("small", { title: name(map.target) }, `map: ${name(map.target)}, ${share(map.probability)}`));
+    caption.append(...sortedBy(map));
     return element("li", {}, element("a", {
       className: "card", href: address({ view: "image", id }), tabIndex: position === focused ? 0 : -1,
     }, element("span", { className: "layers" }, ...layers(picture, map, picture.path)), caption));
@@ -285,16 +316,21 @@ const gradcampp = (() => {
       at("stage").append(peak);
     }
     at("maps").replaceChildren(...picture.maps.map((one) => choice(picture, one, one === map)));
-    at("maps").hidden = picture.maps.length === 1;
+    const several = picture.maps.length > 1;
+    at("maps").hidden = !several;
+    at("maps").classList.toggle("dense", meta.ranks === 1);
+    at("figures").hidden = !several || !meta.figures.length;
+    at("figures").replaceChildren(table(picture, map));
     const facts = [
       ["file", picture.path],
       ["size", `${picture.width} × ${picture.height} pixels`],
       ["explained", `${name(map.target)} (class ${map.target})`],
-      [meta.variant, meta.variants[map.variant]],
+      ["layer", meta.layers[meta.kinds[map.kind][1]]],
+      ["method", meta.methods[meta.kinds[map.kind][2]]],
       ["probability", share(map.probability)],
       ["score", map.score.toFixed(3)],
-      ...meta.figures.map((figure, number) => [words(figure), map.figures[number]?.toPrecision(4) ?? "none"]),
-    ];
+      ...(several ? [] : meta.figures.map((figure, number) => [words(figure), digits(map.figures[number])])),
+    ].filter(([, value]) => value !== "");
     at("facts").replaceChildren(...facts.flatMap(([key, value]) =>
       [element("dt", {}, key), element("dd", {}, value)]));
     for (const other of [matching[position + 1], matching[position - 1]]) {
@@ -302,24 +338,38 @@ const gradcampp = (() => {
     }
   }
 
+  function table(picture, shown) {
+    return element("table", {},
+      element("thead", {}, element("tr", {}, element("td"),
+        ...meta.figures.map((figure) => element("th", { scope: "col", className: "count" }, words(figure))))),
+      element("tbody", {}, ...picture.maps.map((map) =>
+        element("tr", { className: map === shown ? "shown" : "" },
+          element("th", { scope: "row" }, title(map)),
+          ...meta.figures.map((_, number) => element("td", { className: "count" }, digits(map.figures[number])))))));
+  }
+
   function choice(picture, map, pressed) {
-    const bar = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    bar.setAttribute("class", "bar");
-    bar.setAttribute("aria-hidden", "true");
-    rect.setAttribute("width", `${100 * map.probability}%`);
-    rect.setAttribute("height", "100%");
-    bar.append(rect);
-    const about = element("span", { className: "about" },
-      element("span", { className: "line" },
+    const about = element("span", { className: "about" });
+    if (meta.ranks > 1) {
+      const bar = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      bar.setAttribute("class", "bar");
+      bar.setAttribute("aria-hidden", "true");
+      rect.setAttribute("width", `${100 * map.probability}%`);
+      rect.setAttribute("height", "100%");
+      bar.append(rect);
+      about.append(element("span", { className: "line" },
         element("span", { className: "name" }, name(map.target)),
-        element("span", { className: "share" }, share(map.probability))),
-      bar);
-    if (meta.variants.length > 1) about.append(element("small", {}, meta.variants[map.variant]));
+        element("span", { className: "share" }, share(map.probability))), bar);
+    }
+    about.append(...variant(map).map((one) => element("small", { title: one }, one)), ...sortedBy(map));
     const button = element("button", {
       type: "button", className: "map", "aria-pressed": String(pressed),
     }, element("span", { className: "layers" }, ...layers(picture, map, "")), about);
-    button.addEventListener("click", () => change({ rank: map.rank, variant: map.variant }));
+    button.addEventListener("click", () => {
+      const [rank, layer, method] = meta.kinds[map.kind];
+      change({ rank, layer, method });
+    });
     return button;
   }
 
@@ -328,7 +378,7 @@ const gradcampp = (() => {
   async function show() {
     const before = state;
     state = read();
-    const filtered = ["q", "right", "predicted", "label", "low", "high", "sort"];
+    const filtered = ["q", "right", "predicted", "label", "low", "high", "sort", "rank", "layer", "method"];
     if (before.view === undefined || filtered.some((key) => before[key] !== state[key])) matching = select();
     if (!["gallery", "image", "summary"].includes(state.view)) state.view = "gallery";
     if (state.view === "image" && !rows.length) state.view = "gallery";
@@ -341,7 +391,7 @@ const gradcampp = (() => {
       if (link.dataset.view === state.view) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
-    for (const id of ["rank", "variant"]) if (at(id)) at(id).value = state[id];
+    for (const id of ["rank", "layer", "method"]) if (at(id)) at(id).value = state[id];
     document.title = document.body.dataset.title;
     try {
       if (state.view === "gallery") {
@@ -452,7 +502,8 @@ const gradcampp = (() => {
       else setOpacity(hidden ?? 50);
     },
     "c": () => change({ rank: 1 + (state.rank % Math.max(1, meta.ranks)) }),
-    "l": () => change({ variant: (state.variant + 1) % meta.variants.length }),
+    "l": () => change({ layer: (state.layer + 1) % meta.layers.length }),
+    "m": () => change({ method: (state.method + 1) % meta.methods.length }),
     "s": () => go({ view: "summary" }),
     "g": () => go({ view: "gallery" }),
     "t": otherTheme,
@@ -499,9 +550,9 @@ const gradcampp = (() => {
 
   function start(given) {
     meta = given;
-    if (!meta.variants.length) meta.variants = [""];
+    if (!meta.kinds.length) meta.layers = meta.methods = [""];
     for (const [number, figure] of meta.figures.entries()) {
-      COLUMNS.set(figure, FIGURES + number);
+      COLUMNS.set(figure, (row, which) => row[FIGURES][which]?.[number] ?? null);
       at("sort").append(
         element("option", { value: figure }, `${words(figure)}, smallest first`),
         element("option", { value: `-${figure}` }, `${words(figure)}, largest first`));
@@ -514,7 +565,8 @@ const gradcampp = (() => {
     on("opacity", "input", () => setOpacity(at("opacity").value));
     on("colours", "change", () => setColours(at("colours").value));
     on("rank", "change", () => change({ rank: at("rank").value }));
-    on("variant", "change", () => change({ variant: at("variant").value }));
+    on("layer", "change", () => change({ layer: at("layer").value }));
+    on("method", "change", () => change({ method: at("method").value }));
     let waiting;
     on("search", "input", () => {
       clearTimeout(waiting);

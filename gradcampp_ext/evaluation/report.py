@@ -1,0 +1,64 @@
+"""The report of an evaluation: that of the batch pipeline, with the scores in its summary."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+from markupsafe import Markup
+
+from gradcampp_ext.batch import report
+from gradcampp_ext.batch.record import EVALUATION
+from gradcampp_ext.evaluation.summary import layers_of, table, wins_table
+
+_PLOTS = {  # of wins there is a table
+    "bars.png": "Means with intervals",
+    "curves.png": "Curves",
+    "randomization.png": "Maps of networks that lose their weights",
+    "disagreements.jpg": "The images on which maps differ most in what they keep",
+}
+
+
+def build(folder: Path, *, title: str | None = None) -> Path:
+    """Write the report of an evaluation, or write it again (see `gradcampp_ext.batch.report`).
+
+    Methods and layers are switches, and what each map is worth is among its figures. Tables and
+    plots of an evaluation that has ended, which are read from the folder, stand in the summary.
+
+    Args:
+        folder: of `gradcampp_ext.evaluation.run`, finished or not.
+        title: default: the model.
+
+    Returns: the page to open.
+
+    Raises: what `gradcampp_ext.batch.report.build` raises.
+    """
+    sections = {}
+    if (folder / EVALUATION).is_file():
+        sections["Scores"] = _scores(folder)
+        sections["Plots"] = _plots(folder)
+    return report.build(folder, title=title, sections=sections)
+
+
+def _scores(folder: Path) -> Markup:
+    result = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    tables = {}
+    for layer in layers_of(result):
+        tables[layer] = [table(result, layer)]
+        if "wins" in result and len(result["settings"]["methods"]) > 1:
+            tables[layer].append(wins_table(result, layer))
+    template = report.template("scores.html.j2")
+    return Markup(template.render(result=result, tables=tables))
+
+
+def _plots(folder: Path) -> Markup:
+    """As data, so that the report stays a folder of its own."""
+    made = Markup()
+    for name, title in _PLOTS.items():
+        if (folder / name).is_file():
+            kind = "jpeg" if name.endswith("jpg") else "png"
+            content = base64.b64encode((folder / name).read_bytes()).decode()
+            url = f"data:image/{kind};base64,{content}"
+            made += Markup('<h4>{}</h4><img src="{}" alt="{}">').format(title, url, title)
+    return made
