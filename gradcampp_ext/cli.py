@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 from importlib import metadata
@@ -458,7 +458,11 @@ def evaluate(
         keep_freed_memory()
         loaded = _load(model, weights, class_names, recipe)
         source = _source(paths, out, labels, loaded)
-        annotations = None if boxes is None else evaluation.read_boxes(boxes, loaded.classes)
+        annotations = None
+        if boxes is not None:
+            annotations = evaluation.read_boxes(boxes, loaded.classes)
+            if isinstance(source, batch.Files):
+                _check_concerns(boxes, annotations, source)
         progress: Progress = (
             batch.JsonLines() if json_progress else batch.Lines(sys.stderr, quiet=quiet)
         )
@@ -649,7 +653,7 @@ def _load(
 def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedModel) -> Source:
     from gradcampp_ext.batch import Files, SourceError, hub
     from gradcampp_ext.batch.items import length
-    from gradcampp_ext.batch.sources import label_key, read_labels
+    from gradcampp_ext.batch.sources import read_labels
 
     if any(path.startswith(hub.SCHEMES) for path in paths):
         if len(paths) > 1 or labels is not None:
@@ -665,11 +669,20 @@ def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedMode
     )
     if length(source) == 0:
         raise SourceError(f"no pictures in {', '.join(paths)}")
-    if true is not None and not any(label_key(item.path) in true for item in source):
-        raise SourceError(
-            f"{labels} speaks of none of these pictures; its paths are relative to its own folder"
-        )
+    if labels is not None and true is not None:
+        _check_concerns(labels, true, source)
     return source
+
+
+def _check_concerns(file: Path, known: Container[str], source: Source) -> None:
+    """A file of labels or boxes has to speak of the pictures."""
+    from gradcampp_ext.batch import SourceError
+    from gradcampp_ext.batch.sources import label_key
+
+    if not any(label_key(item.path) in known for item in source):
+        raise SourceError(
+            f"{file} speaks of none of these pictures; its paths are relative to its own folder"
+        )
 
 
 def _target(target: str, loaded: LoadedModel) -> int | Literal["label"] | None:

@@ -192,6 +192,27 @@ def test_curves_are_those_of_torchcam(pictures, model, tmp_path):
         assert float(area) == pytest.approx(logits[f"{name}_auc"], rel=2e-2), name
 
 
+def test_road_is_that_of_pytorch_grad_cam(pictures, model, tmp_path):
+    """Its thresholds are percentiles, and its noise is another each time."""
+    peers = pytest.importorskip("pytorch_grad_cam.metrics.road")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+
+    options = {"methods": ("gradcam:relu=false",), "layers": ("second",), "metrics": ("road",)}
+    found = run(pictures, model, tmp_path / "out", **options)
+    images, net = inputs(pictures), make_model().model
+    explanation = Explainer(net, "second", "gradcam", relu=False)(images)
+    maps = explanation.maps[:, 0].numpy()
+    assert all(np.unique(one).size > 450 for one in maps)  # few pixels are equal
+    targets = [ClassifierOutputSoftmaxTarget(int(one)) for one in explanation.targets[:, 0]]
+    theirs = peers.ROADCombined()(images, maps, targets, net)
+    ours = [row["road"] for row in rows(tmp_path / "out")]
+    assert np.abs(ours).max() > 0.02
+    np.testing.assert_allclose(ours, theirs, atol=0.004)
+    assert means(found.result, "road")["second", "gradcam:relu=false"] == pytest.approx(
+        float(theirs.mean()), abs=0.002
+    )
+
+
 def test_insertion_deletion_and_road_in_shared_batches(pictures, model, tmp_path):
     out = tmp_path / "out"
     found = run(
@@ -500,6 +521,19 @@ def test_pictures_without_label_are_skipped(pictures, tmp_path, command):
     )  # fmt: skip
     assert "6 skipped, the reasons are in" in shown.stderr
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["images"] == 1
+
+
+def test_boxes_of_other_pictures_are_refused(pictures, tmp_path, command):
+    (tmp_path / "boxes.csv").write_text("path,left,top,right,bottom\n0.png,1,1,9,9\n")
+    shown = command(pictures, "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out", code=2)
+    assert "boxes.csv speaks of none of these pictures" in shown.stderr
+    (tmp_path / "boxes.csv").write_text(
+        f"path,left,top,right,bottom\n{pictures / '0.png'},1,1,9,9\n"
+    )
+    command(pictures, "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    images = {entry["measure"]: entry["images"] for entry in result["summary"]}
+    assert (images["energy"], images["drop"]) == (1, 7)
 
 
 @pytest.mark.parametrize(
