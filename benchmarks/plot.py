@@ -93,10 +93,22 @@ def accuracy_summary() -> str:
 
 
 def evaluation_demo() -> str:
-    """What `gradcampp evaluate` gave for the demo network, layer by layer."""
+    """What `gradcampp evaluate` gave for the demo network, layer by layer, and how."""
     from gradcampp_ext.evaluation import markdown
 
-    return markdown(result("evaluation-demo"))
+    report = result("evaluation-demo")
+    settings = report["settings"]
+    road = ",".join(f"{100 * share:g}" for share in settings["road_shares"])
+    options = [
+        f"--metrics {','.join(settings['metrics'])}",
+        f"--methods {','.join(settings['methods'])}",
+        f"--layers {','.join(settings['layers'])}",
+        f"--steps {settings['steps']} --road {road} --samples {settings['samples']}",
+        f"--stages {settings['stages']}",
+    ]
+    made = " ".join(f"`{option}`" for option in options)
+    right = f"{report['right']} of {report['labelled']} photographs are classified right."
+    return f"{markdown(report)}\n\n{right} Made with {made}."
 
 
 def training() -> str:
@@ -398,6 +410,47 @@ def end_to_end_figure() -> Figure:
     return figure
 
 
+def evaluation_figure() -> Figure:
+    """Means with intervals of four measures, and the randomisation stage by stage."""
+    report = result("evaluation-demo")
+    layers, methods = report["settings"]["layers"], report["settings"]["methods"]
+    figure, axes = _axes(2, 3, (10, 6.2))
+    shown = ("drop", "insertion", "deletion", "road")
+    for axis, measure in zip(axes.flat, shown, strict=False):
+        for number, layer in enumerate(layers):
+            for place, method in enumerate(methods):
+                (entry,) = (
+                    entry
+                    for entry in report["summary"]
+                    if (entry["layer"], entry["method"], entry["measure"])
+                    == (layer, method, measure)
+                )
+                y = place + 0.4 * (number - 0.5)
+                colour = (OURS, PEERS[0])[number]
+                label = None if place else f"layer {layer}"
+                axis.barh(y, entry["mean"], color=colour, height=0.38, label=label)
+                axis.plot([entry["low"], entry["high"]], [y, y], color="black", linewidth=1)
+        definition = report["definitions"][measure]
+        axis.set_title(f"{definition['title']}, {definition['better']} is better", fontsize=9)
+        axis.set_yticks(range(len(methods)), methods if axis in axes[:, 0] else [])
+        axis.invert_yaxis()
+    bars = axes[0][0].get_legend_handles_labels()
+    figure.legend(*bars, frameon=False, ncols=2, loc="outside lower left")
+    for axis, layer in zip(axes.flat[len(shown) :], layers, strict=True):
+        for curve in report["curves"]:
+            wanted = (curve["layer"], curve["curve"]) == (layer, "randomization")
+            if wanted and curve["method"] not in ("random", "center"):
+                stages = range(1, len(curve["mean"]) + 1)
+                axis.plot(stages, curve["mean"], marker=".", label=curve["method"], linewidth=1.2)
+        axis.set_title(f"rank correlation, {layer}", fontsize=9)
+        axis.axhline(0, color=GREY, linewidth=0.8)
+        axis.set(ylim=(-0.3, 1), xlabel="stage in which weights are lost")
+        axis.grid(alpha=0.25)
+    lines = axes.flat[-1].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, ncols=4, loc="outside lower right")
+    return figure
+
+
 def targets_figure() -> Figure:
     """What ten targets cost, in times of one."""
     medians = op_medians()
@@ -416,6 +469,7 @@ def targets_figure() -> Figure:
 FIGURES: dict[str, tuple[str, Callable[[], Figure]]] = {
     "accuracy": ("accuracy-cpu", accuracy_figure),
     "end-to-end": ("end-to-end-cpu", end_to_end_figure),
+    "evaluation": ("evaluation-demo", evaluation_figure),
     "op": ("op-cpu", op_figure),
     "roofline": ("op-cpu", roofline_figure),
     "targets": ("op-cpu", targets_figure),

@@ -194,12 +194,17 @@ def _curves(result: dict[str, Any]) -> Figure:
 
 def _randomization(result: dict[str, Any]) -> Figure:
     layers = layers_of(result)
-    figure, axes = _figure(1, len(layers), (max(4.5, 0.5 * len(result["stages"])) * len(layers), 4))
+    figure, axes = _figure(1, len(layers), (max(4.5, 0.5 * len(result["stages"])) * len(layers), 5))
     for axis, layer in zip(axes.flat, layers, strict=True):
         for method, mean in _of(result, layer, "randomization"):
             axis.plot(range(len(mean)), mean, marker=".", label=method, linewidth=1.2)
         axis.set_xticks(range(len(result["stages"])), result["stages"], rotation=90, fontsize=6)
-        axis.set_title(f"rank correlation after randomising up to\n{layer}", fontsize=9)
+        axis.set_title(
+            f"maps of layer {layer}: rank correlation with\n"
+            "those of the network randomised from the output to the stage",
+            fontsize=9,
+        )
+        axis.set_ylim(top=1.05)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.grid(alpha=0.25)
     axes[0, 0].legend(fontsize=7)
