@@ -1,6 +1,6 @@
 """Evaluating many pictures: source, decode, evaluate, record; then the summary.
 
-As in `gradcampp_ext.batch`, a picture is done when its row is in results.jsonl, and the same call
+As in `gradcampp_ext.batch`, a picture is done when its rows are in results.jsonl, and the same call
 goes on where an earlier one was stopped or killed.
 """
 
