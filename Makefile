@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH ?= 2.10.0 2.13.0 2.14.1
 CONSTRAINTS := .ci/constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 NATIVE_SOURCES := $(shell find csrc -type f)
@@ -23,11 +24,25 @@ sanitize: $(VENV)/test.stamp ## compute-sanitizer over the op's tests; needs a G
 	REQUIRE_CUDA=1 compute-sanitizer --tool racecheck --error-exitcode 9 \
 		$(BIN)/pytest -x tests/test_ops.py -k "cuda and (targets or layouts or uniform)"
 
-check: $(VENV)/dev.stamp ## ruff, mypy, clang-format; changes nothing
+check: $(VENV)/dev.stamp ## ruff, mypy, codespell, clang-format, clang-tidy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+# The CUDA sources are read as the emulation compiles them; torch_cuda.cpp needs the CUDA toolkit.
+	$(BIN)/ninja -f $$(ls -t build/native-*/build.ninja | head -n 1) -t compdb compile \
+		> build/compile_commands.json
+	ls csrc/cpu/*.cpp csrc/bindings/torch_cpu.cpp csrc/bindings/numpy.cpp | \
+		xargs -P 2 -n 1 $(BIN)/clang-tidy --quiet -p build
+	ls csrc/cuda/*.cu | xargs -P 2 -I {} $(BIN)/clang-tidy --quiet {} -- \
+		-x c++ -std=c++20 -Wall -Wno-unknown-pragmas -Itests/emulation/include -Icsrc
+
+audit: $(VENV)/audit.stamp ## known vulnerabilities of the pinned packages, asked of PyPI
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(CONSTRAINTS)
+
+wheel: $(VENV)/wheel.stamp ## a wheel in dist/, tested beside each version of torch in TORCH
+	$(BIN)/python tools/wheel.py $(TORCH)
 
 build: $(VENV)/tools.stamp ## editable install; rebuilds what changed
 	$(INSTALL) --no-build-isolation -e .
@@ -52,5 +67,5 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_SOURCES)
 	$(INSTALL) --no-build-isolation -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test sanitize check build bench docs clean
+.PHONY: help demo test sanitize check audit wheel build bench docs clean
 .PRECIOUS: $(VENV)/%.stamp

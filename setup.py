@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 sys.path.insert(0, str(Path(__file__).parent / "_build_backend"))
 import gradcampp_toolchain as toolchain
@@ -159,6 +160,14 @@ class BuildNative(build_ext):
         return {**mapping, str(Path(self.build_lib, BUILD_INFO)): BUILD_INFO} if mapping else {}
 
 
+class LabelVersion(egg_info):
+    """Puts GRADCAMPP_EXT_LABEL behind the version: "+cpu" makes 0.1.0+cpu of 0.1.0."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = os.environ.get("GRADCAMPP_EXT_LABEL") or self.tag_build
+        super().finalize_options()
+
+
 def plan_cpu(
     ninja: NinjaFile, compiler: list[str], torch: toolchain.Torch, numpy_library: str
 ) -> None:
@@ -223,5 +232,5 @@ setup(
     packages=[*find_packages(include=["gradcampp_ext*"]), "gradcampp_ext.benchmarks"],
     package_dir={"gradcampp_ext.benchmarks": "benchmarks"},
     ext_modules=[Extension(f"gradcampp_ext.{name}", []) for name in ("_cpu", "_cuda", "_numpy")],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "egg_info": LabelVersion},
 )

@@ -75,7 +75,11 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(folder, **({"filter": "data"} if sys.version_info >= (3, 12) else {}))
     (source,) = folder.iterdir()
     code = f"import gradcampp_backend as b; b.build_wheel({str(folder)!r})"
-    environment = {"PYTHONPATH": str(source / "_build_backend"), "GRADCAMPP_EXT_CUDA": "0"}
+    environment = {
+        "PYTHONPATH": str(source / "_build_backend"),
+        "GRADCAMPP_EXT_CUDA": "0",
+        "GRADCAMPP_EXT_LABEL": "+cpu",
+    }
     output = run([sys.executable, "-c", code], source, **environment)
     assert "CUDA is left out: GRADCAMPP_EXT_CUDA=0 was set for the build" in output
     (file,) = folder.glob("*.whl")
@@ -110,6 +114,11 @@ def test_sdist_holds_every_tracked_file(sdist: Path) -> None:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert set(tracked.stdout.split()) - packed == set()
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+
+
+def test_label_stands_behind_the_version(sdist: Path, wheel: Path) -> None:
+    name = sdist.name.removesuffix(".tar.gz")
+    assert wheel.name.startswith(f"{name}+cpu-cp"), (sdist.name, wheel.name)
 
 
 def test_wheel_holds_the_package_alone(wheel: Path) -> None:

@@ -29,7 +29,8 @@ Parallel own_threads(int64_t threads) {
             int64_t worker = 1;
             try {
               for (; worker < workers; ++worker) others.emplace_back(task, context, worker);
-            } catch (const std::exception&) {  // no more threads to be had: do the rest here
+            } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+              // No more threads to be had: do the rest here.
             }
             for (int64_t rest = worker; rest < workers; ++rest) task(context, rest);
             task(context, 0);
