@@ -42,7 +42,7 @@ audit: $(VENV)/audit.stamp ## known vulnerabilities of the pinned packages, aske
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(CONSTRAINTS)
 
 wheel: $(VENV)/wheel.stamp ## a wheel in dist/, tested beside each version of torch in TORCH
-	$(BIN)/python tools/wheel.py $(TORCH)
+	$(BIN)/python tools/make_wheel.py $(TORCH)
 
 build: $(VENV)/tools.stamp ## editable install; rebuilds what changed
 	$(INSTALL) --no-build-isolation -e .

@@ -1,7 +1,7 @@
 """One wheel by hand, as cibuildwheel makes all of them: built, repaired, tested away from here.
 
-    python tools/wheel.py TORCH...                 a new wheel, left in dist/
-    python tools/wheel.py --wheel FILE TORCH...    one that was built before
+    python tools/make_wheel.py TORCH...                 a new wheel, left in dist/
+    python tools/make_wheel.py --wheel FILE TORCH...    one that was built before
 
 Each TORCH is a version, beside which the wheel is installed in an environment of its own. What is
 run stands in pyproject.toml under [tool.cibuildwheel]. Needs Python 3.11; to build, auditwheel
