@@ -289,6 +289,42 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured(
+    chosen: list[Case], seconds: list[float], file: Path | None, memory: bool = False
+) -> dict[str, Any]:
+    """The report of cases, each with about so many seconds of rounds; kept in the file so far.
+
+    With ``memory``, what the usual setting at the largest batch adds to a fresh process.
+    """
+    report: dict[str, Any] = {"about": about(), "results": []}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=len(chosen))
+
+        def tick(text: str) -> None:
+            progress.update(task, description=text)
+
+        for case, limit in zip(chosen, seconds, strict=True):
+            times = measure(case, limit, tick)
+            grown = {}
+            usual = (case.dtype, case.layout, case.compiled) == ("float32", "contiguous", False)
+            if memory and usual and case.batch == max(c.batch for c in chosen):
+                for name in times:
+                    tick(f"{case.name}: memory of {name}")
+                    grown[name] = memory_of(case, name)
+            report["results"].append(summary(case, times, grown))
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(report, indent=1) + "\n")
+            progress.advance(task)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure explanations beside their peers.")
     parser.add_argument("--minutes", type=float, default=12, help="for the whole run, about")
@@ -305,34 +341,8 @@ def main() -> None:
     # Rounds take half of the time, each case as much as its images are; the rest goes to checking
     # and to memory in fresh processes.
     weights = [case.batch * (2 if case.layer == "layer1" else 1) for case in chosen]
-    report: dict[str, Any] = {"about": about(), "results": []}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=len(chosen))
-
-        def tick(text: str) -> None:
-            progress.update(task, description=text)
-
-        for case, weight in zip(chosen, weights, strict=True):
-            seconds = options.minutes * 60 / 2 * weight / sum(weights)
-            times = measure(case, seconds, tick)
-            memory = {}
-            usual = (case.dtype, case.layout, case.compiled) == ("float32", "contiguous", False)
-            if usual and case.batch == max(c.batch for c in chosen):
-                for name in times:
-                    tick(f"{case.name}: memory of {name}")
-                    memory[name] = memory_of(case, name)
-            report["results"].append(summary(case, times, memory))
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
-            progress.advance(task)
-    print(table(report))
+    seconds = [options.minutes * 60 / 2 * weight / sum(weights) for weight in weights]
+    print(table(measured(chosen, seconds, options.json, memory=True)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -184,6 +185,45 @@ def measured_on(name: str, cases: int | None = None) -> str:
     )
 
 
+HEADLINE = (
+    "On {cores} cores, from {batch} images to maps of ResNet-50's last layer: {share:.0f} % of the "
+    "speed of plain inference, {pgc:.1f} times that of pytorch-grad-cam and {torchcam:.1f} times "
+    "that of torchcam, and {mb:.0f} MB at the peak where they take {pgc_mb:,.0f} and "
+    "{torchcam_mb:,.0f}. The error of such a map, on the same tensors and against the paper's "
+    "formula in float64: {error:.0e}, where theirs is {pgc_error:.0e} and {torchcam_error:.0e}."
+)
+
+
+def headline() -> str:
+    """What a reader should know first: the last layer at the largest batch, and the error."""
+    results = result("end-to-end-cpu")["results"]
+    found = max(
+        (found for found in results if usual(found["case"])),
+        key=lambda found: (found["case"]["layer"], found["case"]["batch"]),
+    )
+    rows, layer = found["contenders"], result("accuracy-cpu")["layers"]["behind a ReLU"]
+    errors = next(row["errors"] for row in layer["rows"] if row["exponent"] == 0)
+    beside = rows["Explainer"]["speed_beside"]
+    return HEADLINE.format(
+        cores=result("end-to-end-cpu")["about"]["cores"],
+        batch=found["case"]["batch"],
+        share=100 * beside["inference"][1],
+        pgc=beside["pytorch-grad-cam"][1],
+        torchcam=beside["torchcam"][1],
+        mb=rows["Explainer"]["peak_mb"],
+        pgc_mb=rows["pytorch-grad-cam"]["peak_mb"],
+        torchcam_mb=rows["torchcam"]["peak_mb"],
+        error=errors["gradcampp_ext"],
+        pgc_error=errors["pytorch-grad-cam"],
+        torchcam_error=errors["torchcam"],
+    )
+
+
+def usual(case: dict[str, Any]) -> bool:
+    """Whether a case of bench_end_to_end.py is in the setting that most people use."""
+    return (case["dtype"], case["layout"], case["compiled"]) == ("float32", "contiguous", False)
+
+
 END_TO_END = {
     "inference": "plain inference",
     "Explainer": "`gx.Explainer`",
@@ -203,7 +243,7 @@ def end_to_end() -> str:
     ]
     for found in result("end-to-end-cpu")["results"]:
         case = found["case"]
-        if (case["dtype"], case["layout"], case["compiled"]) != ("float32", "contiguous", False):
+        if not usual(case):
             continue
         for name, row in found["contenders"].items():
             cells = [END_TO_END[name], str(case["batch"]), case["layer"]]
@@ -220,6 +260,12 @@ def end_to_end_all() -> str:
     import bench_end_to_end
 
     return bench_end_to_end.table(result("end-to-end-cpu"))
+
+
+def batch_size() -> str:
+    """The figure, once there is something to draw."""
+    measured = measured_on("batch-size-cpu")
+    return f"![Images a second against the batch size](images/batch-size.svg)\n\n{measured}"
 
 
 def pipeline() -> str:
@@ -298,9 +344,11 @@ def scale() -> str:
 TEXTS: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "accuracy-summary": accuracy_summary,
+    "batch-size": batch_size,
     "end-to-end": end_to_end,
     "end-to-end-all": end_to_end_all,
     "evaluation-demo": evaluation_demo,
+    "headline": headline,
     "memory": memory,
     "op-cpu": op_cpu,
     "op-summary": op_summary,
@@ -308,6 +356,15 @@ TEXTS: dict[str, Callable[[], str]] = {
     "scale": scale,
     "training": training,
 }
+
+
+def chinese(text: str) -> str:
+    """A generated part by the phrases of chinese.json, whose {names} stand for what is between."""
+    phrases = json.loads((ROOT / "benchmarks" / "chinese.json").read_text(encoding="utf-8"))
+    for phrase, translation in phrases.items():
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(phrase))
+        text = re.sub(pattern, lambda match, to=translation: to.format(**match.groupdict()), text)
+    return text
 
 
 # ---- figures ----
@@ -389,12 +446,7 @@ def roofline_figure() -> Figure:
 
 def end_to_end_figure() -> Figure:
     """Images a second, of plain inference, at both layers."""
-    results = [
-        found
-        for found in result("end-to-end-cpu")["results"]
-        if (found["case"]["dtype"], found["case"]["layout"], found["case"]["compiled"])
-        == ("float32", "contiguous", False)
-    ]
+    results = [found for found in result("end-to-end-cpu")["results"] if usual(found["case"])]
     figure, axes = _axes(1, len(results), (9, 2.8), sharey=True, squeeze=False)
     names = [name for name in END_TO_END if name != "inference"]
     for axis, found in zip(axes[0], results, strict=True):
@@ -451,6 +503,38 @@ def evaluation_figure() -> Figure:
     return figure
 
 
+def batch_size_figure() -> Figure:
+    """Medians of images a second, and their quartiles."""
+    figure = _axes(1, 1, (8, 3.4))[0]
+    axis = figure.axes[0]
+    styles = {
+        "inference": (GREY, ":"),
+        "Explainer": (OURS, "-"),
+        "ours as pgc": (OURS, "--"),
+        "pytorch-grad-cam": (PEERS[0], "-"),
+        "ours as torchcam": (OURS, "-."),
+        "torchcam": (PEERS[1], "-"),
+    }
+    results = result("batch-size-cpu")["results"]
+    sizes = [found["case"]["batch"] for found in results]
+    for name, (colour, line) in styles.items():
+        rates = [
+            [found["case"]["batch"] / seconds for seconds in found["contenders"][name]["seconds"]]
+            for found in results
+        ]
+        low, middle, high = zip(
+            *(statistics.quantiles(rate, n=4, method="inclusive") for rate in rates), strict=True
+        )
+        axis.plot(sizes, middle, color=colour, linestyle=line, label=END_TO_END[name].strip("`"))
+        axis.vlines(sizes, low, high, color=colour, linewidth=1)
+    axis.set(xscale="log", xlabel="batch size", ylabel="images a second", ylim=(0, None))
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def targets_figure() -> Figure:
     """What ten targets cost, in times of one."""
     medians = op_medians()
@@ -468,6 +552,7 @@ def targets_figure() -> Figure:
 
 FIGURES: dict[str, tuple[str, Callable[[], Figure]]] = {
     "accuracy": ("accuracy-cpu", accuracy_figure),
+    "batch-size": ("batch-size-cpu", batch_size_figure),
     "end-to-end": ("end-to-end-cpu", end_to_end_figure),
     "evaluation": ("evaluation-demo", evaluation_figure),
     "op": ("op-cpu", op_figure),
@@ -497,8 +582,11 @@ def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) ->
 # ---- into the files ----
 
 
-def rewritten(text: str) -> str:
-    """A page with its generated parts made anew."""
+def rewritten(text: str, images: str = "images", translate: bool = False) -> str:
+    """A page with its generated parts made anew, in Chinese if ``translate``.
+
+    ``images`` is the way from the page to the figures.
+    """
 
     def made(match: re.Match[str]) -> str:
         begin, name, old, end = match.groups()
@@ -506,6 +594,8 @@ def rewritten(text: str) -> str:
             new = TEXTS[name]()
         except FileNotFoundError:
             new = "(not measured yet)"
+        new = new.replace("](images/", f"]({images}/")
+        new = chinese(new) if translate else new
         around = "\n" if old.startswith("\n") else ""
         return f"{begin}{around}{new}{around}{end}"
 
@@ -518,17 +608,19 @@ def checksum(name: str) -> str:
     return f"benchmarks/results/{name}.json, sha256 {digest}"
 
 
-def pages() -> list[Path]:
-    return sorted(page for pattern in PAGES for page in ROOT.glob(pattern))
+def pages() -> dict[Path, tuple[str, str]]:
+    """Each page with its text, as it is and made anew."""
+    found = {}
+    for page in sorted(page for pattern in PAGES for page in ROOT.glob(pattern)):
+        text = page.read_text(encoding="utf-8")
+        images = os.path.relpath(IMAGES, page.parent)
+        found[page] = text, rewritten(text, images, translate=".zh" in page.suffixes)
+    return found
 
 
 def differences() -> list[str]:
     """What is not as the committed JSON makes it."""
-    found = []
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if rewritten(text) != text:
-            found.append(str(page.relative_to(ROOT)))
+    found = [str(page.relative_to(ROOT)) for page, (old, new) in pages().items() if old != new]
     for name, (source, _) in FIGURES.items():
         if not (RESULTS / f"{source}.json").exists():
             continue
@@ -540,9 +632,8 @@ def differences() -> list[str]:
 
 def write() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (new := rewritten(text)) != text:
+    for page, (old, new) in pages().items():
+        if old != new:
             page.write_text(new, encoding="utf-8")
     for name, (source, draw) in FIGURES.items():
         if not (RESULTS / f"{source}.json").exists():

@@ -42,6 +42,7 @@ BENCHMARKS = {
     "accuracy": Benchmark("bench_accuracy.py", "errors of maps, by the gradients' scale", 1),
     "op": Benchmark("bench_op.py", "the op beside eager, torch.compile, NumPy", 12, cuda=True),
     "end-to-end": Benchmark("bench_end_to_end.py", "images a second beside the peers", 12),
+    "batch-size": Benchmark("bench_batch_size.py", "the same, by the size of the batch", 5),
     "classes": Benchmark("bench_classes.py", "all classes at once, in forward passes", 2),
     "pipeline": Benchmark("bench_pipeline.py", "files to overlays beside a plain loop", 8),
     "training": Benchmark("bench_training.py", "maps inside a loss", 3),

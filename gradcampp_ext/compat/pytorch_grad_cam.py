@@ -279,64 +279,74 @@ class _GradientCAM(BaseCAM):
         )
 
 
-class _ChannelWise(_GradientCAM):
-    """Weighs channels."""
+def _weighing(parts: Callable[[Array, Array], Any]) -> Callable[..., Array]:
+    """A method's ``get_cam_weights``; as the peer's, it can be called without an object, on None.
 
-    def _weights(self, activations: Array, grads: Array) -> Any:
-        """[N, C, *S], to be summed over space: in the peer's order of operations.
-
-        For the signs of principal components hang on the last bits of weights near zero.
-        """
-        raise NotImplementedError
+    ``parts`` gives [N, C, *S], to be summed over space, in the peer's order of operations: the
+    signs of principal components hang on the last bits of weights near zero.
+    """
 
     def get_cam_weights(
-        self,
+        self: BaseCAM | None,
         input_tensor: Tensor,
         target_layer: nn.Module,
         targets: Sequence[Any],
         activations: Maps,
         grads: Maps,
     ) -> Array:
-        if self.exact:
+        """Channel weights [N, C] of arrays or tensors [N, C, *S]."""
+        if self is not None and self.exact:
             pair = (torch.as_tensor(activations), torch.as_tensor(grads))
             exact: Array = ops.channel_weights(*pair, **self._rule()).cpu().numpy()
             return exact
-        parts = self._weights(_array(activations), _array(grads))
-        weights: Array = parts.sum(axis=tuple(range(2, parts.ndim)))
+        found = parts(_array(activations), _array(grads))
+        weights: Array = found.sum(axis=_space(found))
         return weights
 
+    return get_cam_weights
 
-class GradCAM(_ChannelWise):
+
+def _mean(activations: Array, grads: Array) -> Any:
+    return grads.mean(axis=_space(grads), keepdims=True)
+
+
+def _second_order(activations: Array, grads: Array) -> Any:
+    square = grads**2
+    total = activations.sum(axis=_space(activations), keepdims=True)
+    alpha = square / (2 * square + total * (square * grads) + GradCAMPlusPlus._epsilon)
+    return np.maximum(grads, 0) * alpha
+
+
+def _shares(activations: Array, grads: Array) -> Any:
+    total = activations.sum(axis=_space(activations), keepdims=True)
+    return grads * activations / (total + XGradCAM._epsilon)
+
+
+def _space(values: Array) -> tuple[int, ...]:
+    return tuple(range(2, values.ndim))
+
+
+class GradCAM(_GradientCAM):
     """Grad-CAM, arXiv:1610.02391: channels weighted by the mean of their gradients."""
 
     _method = "gradcam"
-
-    def _weights(self, activations: Array, grads: Array) -> Any:
-        return grads.mean(axis=tuple(range(2, grads.ndim)), keepdims=True)
+    get_cam_weights = _weighing(_mean)
 
 
-class GradCAMPlusPlus(_ChannelWise):
+class GradCAMPlusPlus(_GradientCAM):
     """Grad-CAM++, arXiv:1710.11063, eq. 19 with 1e-6 added to alpha's denominator."""
 
     _method = "gradcampp"
     _epsilon = 1e-6
-
-    def _weights(self, activations: Array, grads: Array) -> Any:
-        square = grads**2
-        total = activations.sum(axis=tuple(range(2, activations.ndim)), keepdims=True)
-        alpha = square / (2 * square + total * (square * grads) + self._epsilon)
-        return np.maximum(grads, 0) * alpha
+    get_cam_weights = _weighing(_second_order)
 
 
-class XGradCAM(_ChannelWise):
+class XGradCAM(_GradientCAM):
     """XGrad-CAM, arXiv:2008.02312, with 1e-7 added to the sum of the activations."""
 
     _method = "xgradcam"
     _epsilon = 1e-7
-
-    def _weights(self, activations: Array, grads: Array) -> Any:
-        total = activations.sum(axis=tuple(range(2, activations.ndim)), keepdims=True)
-        return grads * activations / (total + self._epsilon)
+    get_cam_weights = _weighing(_shares)
 
 
 class _ElementWise(_GradientCAM):
