@@ -468,6 +468,18 @@ def test_subclasses_of_others(name: str, options: dict[str, bool]) -> None:
     assert_same(expected, cam(images, classes(1, 2), **options))
 
 
+@pytest.mark.parametrize("method", ["GradCAM", "GradCAMPlusPlus", "XGradCAM"])
+@pytest.mark.parametrize("space", [(4, 5), (3, 4, 5)], ids=str)
+def test_weights_without_an_object(method: str, space: tuple[int, ...]) -> None:
+    activations, grads = np.random.default_rng(0).normal(size=(2, 2, 3, *space)).astype(np.float32)
+    expected, actual = (
+        getattr(module, method).get_cam_weights(None, None, None, None, activations, grads)
+        for module in (peer, ours)
+    )
+    assert actual.shape == (2, 3)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
 def test_overriding_a_method_that_there_is() -> None:
     def positive(base: type) -> type:
         class Positive(base):
