@@ -56,8 +56,8 @@ def cam(
         checks.size(activations.shape[2:] if size is None else size, activations.ndim - 2),
         normalize or "none",
         interpolation,
-        relu,
-        row.rectify if rectify is None else rectify,
+        checks.flag("relu", relu),
+        row.rectify if rectify is None else checks.flag("rectify", rectify),
         checks.eps(row, eps),
         checks.temperature(temperature),
         _check_threads(threads),
@@ -82,7 +82,7 @@ def channel_weights(
         activations,
         gradients,
         method,
-        row.rectify if rectify is None else rectify,
+        row.rectify if rectify is None else checks.flag("rectify", rectify),
         checks.eps(row, eps),
         checks.temperature(temperature),
         _check_threads(threads),
@@ -126,6 +126,6 @@ def _check_threads(threads: int | None) -> int:
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1
         )
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    return threads
+    if not isinstance(threads, int | np.integer) or not 1 <= threads < 2**31:
+        raise ValueError(f"threads must be at least 1 and an integer, got {threads!r}")
+    return int(threads)

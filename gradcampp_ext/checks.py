@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from gradcampp_ext import methods
 
 NORMALIZE = ("minmax", "max", None)
 INTERPOLATION = ("linear", "nearest")
+_MOST_PIXELS = 2**48  # of a map; a petabyte
 
 
 def pair(activations: tuple[int, ...], gradients: tuple[int, ...]) -> bool:
@@ -43,13 +47,15 @@ def size(value: Sequence[int], dims: int) -> list[int]:
         raise ValueError(message) from None
     if len(lengths) != dims or any(length < 1 for length in lengths):
         raise ValueError(message)
+    if math.prod(lengths) > _MOST_PIXELS:
+        raise ValueError(f"size must be of a map that memory can hold, got {value!r}, in pixels")
     return lengths
 
 
 def options(normalize: str | None, interpolation: str) -> None:
-    if normalize not in NORMALIZE:
+    if not isinstance(normalize, str | None) or normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}; got {normalize!r}")
-    if interpolation not in INTERPOLATION:
+    if not isinstance(interpolation, str) or interpolation not in INTERPOLATION:
         raise ValueError(f"interpolation must be one of {INTERPOLATION}; got {interpolation!r}")
 
 
@@ -66,14 +72,33 @@ def eps(row: methods.Method, value: float | None) -> float:
     """The method's epsilon, or the caller's."""
     if value is None:
         return row.eps or 0.0
-    if row.eps is None and value != 0:
+    number = _number(value)
+    if row.eps is None and number != 0:
         raise ValueError(f"eps must be None or 0: method {row.name!r} has no epsilon; got {value}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {value}")
-    return float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {value!r}")
+    return number
 
 
 def temperature(value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be finite and positive, got {value}")
-    return float(value)
+    number = _number(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"temperature must be finite and positive, got {value!r}")
+    return number
+
+
+def flag(name: str, value: bool) -> bool:
+    """The value; TypeError unless it is true or false."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number."""
+    if isinstance(value, str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several
+        return math.nan

@@ -522,9 +522,10 @@ def write_report(
     was stopped. What evaluate has summed up stands in the summary.
     """
     with _told():
+        from gradcampp_ext.batch.progress import printable
         from gradcampp_ext.evaluation import report
 
-        print(report.build(folder, title=title))
+        print(printable(str(report.build(folder, title=title))))
 
 
 @app.command()
@@ -640,8 +641,9 @@ def _load(
     from gradcampp_ext import models
     from gradcampp_ext.imaging import ARTICLE, ARTICLE_FIT
 
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # package.module:factory may lie here
+    # A factory may lie here; nothing else is imported from a folder that may hold anything.
+    if models.names_factory(model) and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     loaded = models.load(model, weights=weights)
     if class_names is not None:
         loaded = replace(loaded, classes=models.read_classes(class_names))
@@ -653,9 +655,9 @@ def _load(
 def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedModel) -> Source:
     from gradcampp_ext.batch import Files, SourceError, hub
     from gradcampp_ext.batch.items import length
-    from gradcampp_ext.batch.sources import read_labels
+    from gradcampp_ext.batch.sources import exists, read_labels
 
-    if any(path.startswith(hub.SCHEMES) for path in paths):
+    if any(path.startswith(hub.SCHEMES) and not exists(path) for path in paths):
         if len(paths) > 1 or labels is not None:
             raise SourceError("a Hugging Face data set stands alone, and has its own labels")
         return hub.load(paths[0], loaded.classes)
@@ -815,7 +817,10 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"gradcampp: {text}", file=sys.stderr)
+    from gradcampp_ext.batch.progress import printable
+
+    lines = map(printable, text.split("\n"))
+    print("gradcampp:", "\n".join(lines), file=sys.stderr)
 
 
 def _version(package: str) -> str:

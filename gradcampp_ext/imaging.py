@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -73,7 +74,10 @@ def _open(source: Source) -> Image.Image:
             raise ImageError(f"an array of pixels must be uint8, got {source.dtype}")
         return Image.fromarray(source)
     if not isinstance(source, bytes):
-        source = Path(source).read_bytes()
+        try:
+            source = Path(source).read_bytes()
+        except ValueError as error:  # a zero byte, or a surrogate that stands for no byte
+            raise ImageError(f"no file can have this name: {error}") from error
     if not source:
         raise ImageError("empty file (0 bytes)")
     return Image.open(io.BytesIO(source), formats=_formats())
@@ -298,6 +302,15 @@ def _table(name: str) -> Pixels:
     return np.asarray((255 * colours[:, :3]).round(), dtype=np.uint8)
 
 
+def check_weights(image_weight: float, heatmap_weight: float) -> None:
+    """ValueError unless an overlay can have these weights."""
+    if not (math.isfinite(image_weight) and math.isfinite(heatmap_weight)):
+        raise ValueError(
+            f"the weights of image and colours must be finite, got {image_weight} and "
+            f"{heatmap_weight}"
+        )
+
+
 def overlay(
     images: torch.Tensor | npt.NDArray[Any],
     maps: torch.Tensor,
@@ -316,12 +329,23 @@ def overlay(
         image_weight: weight of the image; default 1 - alpha.
 
     Returns: uint8 [N, H, W, 3] on the device of `maps`.
+
+    Raises:
+        TypeError: `maps` is no tensor, `images` nothing that could become one.
+        ValueError: shapes, dtype, colour map or weights do not fit.
     """
     import torch
 
     from gradcampp_ext import ops  # noqa: F401 - defines the operators
 
-    pictures = torch.as_tensor(images, device=maps.device)
+    if not isinstance(maps, torch.Tensor):
+        raise TypeError(f"maps must be a torch.Tensor, got {type(maps).__name__}")
+    try:
+        pictures = torch.as_tensor(images, device=maps.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"images must be a tensor or an array: {error}") from error
+    weight = 1 - alpha if image_weight is None else image_weight
+    check_weights(weight, alpha)
     if maps.ndim == 3 and pictures.shape == (len(maps), 3, *maps.shape[1:]):
         pictures = pictures.permute(0, 2, 3, 1)
     if pictures.shape != (*maps.shape, 3):
@@ -334,7 +358,6 @@ def overlay(
             raise ValueError(f"images must be uint8 or floats in [0, 1], got {pictures.dtype}")
         pictures = pictures.float()
     table = torch.from_numpy(_table(colormap).copy()).to(maps.device)
-    weight = 1 - alpha if image_weight is None else image_weight
     blend: torch.Tensor = torch.ops.gradcampp_ext.overlay(
         pictures.detach(), maps.detach().float(), table, weight, alpha
     )

@@ -47,5 +47,5 @@ def get(name: str) -> Method:
     """The method of that name; ValueError lists the names there are."""
     try:
         return METHODS[name]
-    except KeyError:
+    except (KeyError, TypeError):  # also for what cannot be a key
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}") from None

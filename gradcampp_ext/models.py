@@ -10,7 +10,9 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import pickle
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -24,6 +26,7 @@ from torch import nn
 from gradcampp_ext.imaging import ARTICLE, Recipe, Resize
 
 NO_WEIGHTS = "none"
+_MOST_CLASSES = 2**31  # where it is not known how many a model has
 Weights: TypeAlias = str | Path | None
 
 
@@ -56,10 +59,10 @@ class Classes:
             ValueError: no class, or more than one, goes by that label.
         """
         if label.isdecimal() and label.isascii():
-            index = int(label)
-            if self.names and index >= len(self.names):
-                raise ValueError(f"there is no class {index}, only 0 to {len(self.names) - 1}")
-            return index
+            count = len(self.names) or _MOST_CLASSES
+            if len(label) > 4000 or int(label) >= count:  # Python refuses to read longer numbers
+                raise ValueError(f"there is no class {label:.20}, only 0 to {count - 1}")
+            return int(label)
         found = (
             [i for i, known in enumerate(self.ids) if known == label]
             or [i for i, known in enumerate(self.names) if known == label]
@@ -130,8 +133,9 @@ def load(spec: str, *, weights: Weights = None) -> LoadedModel:
     if spec == "demo":
         loaded = _demo(weights)
     elif name and scheme in _SCHEMES:
-        loaded = _SCHEMES[scheme](name, weights)
-    elif name and all(part.isidentifier() for part in scheme.split(".")):
+        with _no_pickle():
+            loaded = _SCHEMES[scheme](name, weights)
+    elif names_factory(spec):
         loaded = _factory(scheme, name, weights)
     else:
         raise ModelError(
@@ -140,6 +144,13 @@ def load(spec: str, *, weights: Weights = None) -> LoadedModel:
         )
     loaded.model.eval()
     return replace(loaded, spec=spec, weights_sha256=_sha256(loaded.model))
+
+
+def names_factory(spec: str) -> bool:
+    """Whether a spec is package.module:factory, the only kind that runs code of one's own."""
+    module, _, name = spec.partition(":")
+    parts = module.split(".")
+    return bool(name) and module not in _SCHEMES and all(part.isidentifier() for part in parts)
 
 
 @functools.cache
@@ -163,8 +174,10 @@ def read_classes(file: Path) -> Classes:
         names = json.loads(text)
         if isinstance(names, dict):
             names = [names[str(index)] for index in range(len(names))]
+        if not isinstance(names, list):
+            raise ValueError("neither a list nor an object")
         return Classes(tuple(map(str, names)))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ModelError(f"the class names in {file} cannot be read: {error}") from error
 
 
@@ -260,7 +273,8 @@ def _timm(name: str, weights: Weights) -> LoadedModel:
         with _fetching(f"timm:{name}"):
             model = timm.create_model(name, pretrained=True)
     else:
-        model, _ = _built(functools.partial(timm.create_model, name, pretrained=False), weights)
+        create = functools.partial(timm.create_model, name, pretrained=False)
+        model, _ = _built(_telling(f"timm:{name}", create), weights)
     config = data.resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     if channels != 3:
@@ -287,13 +301,13 @@ def _timm(name: str, weights: Weights) -> LoadedModel:
 def _hf(name: str, weights: Weights) -> LoadedModel:
     transformers = _import("transformers", "transformers")
     with _fetching(f"hf:{name}", "name a folder that save_pretrained wrote: hf:FOLDER"):
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **_NO_CODE)
         classifier = transformers.AutoModelForImageClassification
         if weights is None:
-            model = classifier.from_pretrained(name)
+            model = classifier.from_pretrained(name, **_NO_CODE)
         else:
-            config = transformers.AutoConfig.from_pretrained(name)
-            model, _ = _built(lambda: classifier.from_config(config), weights)
+            config = transformers.AutoConfig.from_pretrained(name, **_NO_CODE)
+            model, _ = _built(lambda: classifier.from_config(config, **_NO_CODE), weights)
     names = model.config.id2label
     return LoadedModel(
         model,
@@ -330,13 +344,16 @@ def _factory(module: str, name: str, weights: Weights) -> LoadedModel:
     spec = f"{module}:{name}"
     try:
         factory = getattr(importlib.import_module(module), name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            calls = callable(factory) and not isinstance(factory, nn.Module)
+            made = factory() if calls else factory
     except ModuleNotFoundError as error:
         raise ModelError(f"{spec}: {error}; is it installed, or in this folder?") from error
-    except AttributeError as error:
-        raise ModelError(f"{spec}: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except (Exception, SystemExit) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if at.filename == __file__ else f" in {at.filename}, line {at.lineno}"
+        raise ModelError(f"{spec}: {type(error).__name__}{where}: {error}") from error
     loaded = LoadedModel(made) if isinstance(made, nn.Module) else made
     if not isinstance(loaded, LoadedModel):
         raise ModelError(
@@ -420,6 +437,28 @@ def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> No
     model.load_state_dict(state)
 
 
+_NO_CODE = {"trust_remote_code": False}  # or it would ask on the terminal
+
+
+@contextlib.contextmanager
+def _no_pickle() -> Iterator[None]:
+    """torch.load takes tensors alone, whatever a library in between asks it for.
+
+    Unless the environment says, by TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, that it may take all.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
 _ADVICE = "give a file by --weights FILE, or --weights none for random weights"
 
 
@@ -432,6 +471,16 @@ def _fetching(spec: str, advice: str = _ADVICE) -> Iterator[None]:
         raise ModelError(
             f"{spec} cannot be fetched: {error}\nWithout a network, {advice}."
         ) from error
+
+
+def _telling(spec: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The same, with `_fetching` around it."""
+
+    def told(**options: Any) -> nn.Module:
+        with _fetching(spec):
+            return build(**options)
+
+    return told
 
 
 def _unknown(prefix: str, name: str, known: Sequence[str]) -> ModelError:

@@ -169,8 +169,8 @@ def cam(
         None if size is None else checks.size(size, activations.dim() - 2),
         normalize or "none",
         interpolation,
-        relu,
-        row.rectify if rectify is None else rectify,
+        checks.flag("relu", relu),
+        row.rectify if rectify is None else checks.flag("rectify", rectify),
         checks.eps(row, eps),
         checks.temperature(temperature),
     )
@@ -208,7 +208,7 @@ def channel_weights(
         activations.detach(),
         gradients.detach(),
         method,
-        row.rectify if rectify is None else rectify,
+        row.rectify if rectify is None else checks.flag("rectify", rectify),
         checks.eps(row, eps),
         checks.temperature(temperature),
     )
@@ -227,6 +227,9 @@ def check_pair(activations: Tensor, gradients: Tensor) -> tuple[bool, Tensor]:
     for name, value in (("activations", activations), ("gradients", gradients)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else value.layout
+            raise TypeError(f"{name} must be a dense tensor, got a {kind} one; call .to_dense()")
     if activations.dtype not in _DTYPES:
         raise TypeError(
             "activations must be float16, bfloat16, float32 or float64, "

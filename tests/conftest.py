@@ -42,13 +42,18 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The worst relative L2 error against the float64 oracle that the tests met, per dtype."""
+    """The worst relative L2 error against the float64 oracle that the tests met, per dtype.
+
+    And the figures of tests that have some to print: cases, seconds, memory.
+    """
     worst: dict[str, float] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "relative_l2_error":
                 dtype, error = value
                 worst[dtype] = max(worst.get(dtype, 0.0), error)
+            if name == "figures":
+                terminalreporter.write_line(value)
     if worst:
         errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
         terminalreporter.write_line(f"worst relative L2 error of a raw map: {errors}")

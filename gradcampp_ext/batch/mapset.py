@@ -130,7 +130,8 @@ class _ZarrParts(Parts):
     def load(self, index: int) -> npt.NDArray[Any]:
         import zarr
 
-        maps: Any = zarr.open_group(self.folder, mode="r")["map"]
+        # Zarr 2 has a codec that unpickles
+        maps: Any = zarr.open_group(self.folder, mode="r", zarr_format=3)["map"]
         length = self.length(maps.shape[1:], maps.dtype)
         values: npt.NDArray[Any] = maps[index * length : (index + 1) * length]
         if not len(values):
@@ -143,7 +144,7 @@ class _ZarrParts(Parts):
         for left in self.folder.rglob("*.partial"):  # by a kill, while zarr wrote a file
             left.unlink()
         try:
-            group = zarr.open_group(self.folder, mode="r+")
+            group = zarr.open_group(self.folder, mode="r+", zarr_format=3)
             for name in (*_COLUMNS, "map"):
                 array: Any = group[name]
                 length = (array.shards or array.chunks)[0]
@@ -157,7 +158,7 @@ class _ZarrParts(Parts):
         import zarr
 
         if (self.folder / "zarr.json").exists():
-            return zarr.open_group(self.folder, mode="r+")
+            return zarr.open_group(self.folder, mode="r+", zarr_format=3)
         group = zarr.create_group(self.folder)
         for name, dtype in _COLUMNS.items():
             group.create_array(

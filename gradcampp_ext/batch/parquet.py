@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +25,15 @@ def rows(file: Path) -> Iterator[Mapping[str, Any]]:
     """The columns of a list of paths that sources understand."""
     import pyarrow as pa
 
-    table = _opened(file)
-    wanted = [
-        field.name
-        for field in table.schema_arrow
-        if field.name in LABEL_COLUMNS
-        or (field.name in PATH_COLUMNS and not pa.types.is_nested(field.type))
-    ]
-    for batch in table.iter_batches(columns=wanted):
-        yield from batch.to_pylist()
+    with _reading(file) as table:
+        wanted = [
+            field.name
+            for field in table.schema_arrow
+            if field.name in LABEL_COLUMNS
+            or (field.name in PATH_COLUMNS and not pa.types.is_nested(field.type))
+        ]
+        for batch in table.iter_batches(columns=wanted):
+            yield from batch.to_pylist()
 
 
 def image_column(file: Path) -> str | None:
@@ -45,12 +47,13 @@ def image_column(file: Path) -> str | None:
     def binary(kind: pa.DataType) -> bool:
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    for field in _opened(file).schema_arrow:
-        if pa.types.is_struct(field.type):
-            if any(part.name == "bytes" and binary(part.type) for part in field.type):
+    with _reading(file) as table:
+        for field in table.schema_arrow:
+            if pa.types.is_struct(field.type):
+                if any(part.name == "bytes" and binary(part.type) for part in field.type):
+                    return str(field.name)
+            elif binary(field.type):
                 return str(field.name)
-        elif binary(field.type):
-            return str(field.name)
     return None
 
 
@@ -60,22 +63,22 @@ def items(file: Path, column: str, classes: Classes | None) -> Iterator[Item]:
 
     Labels are those of the first of the columns class_index, label, class_name and wordnet_id.
     """
-    table = _opened(file)
-    label = next((name for name in LABEL_COLUMNS if name in table.schema_arrow.names), None)
-    names = None if label is None else _class_names(table.schema_arrow, label)
-    known = None if names is None else class_labels(names, classes)
-    index = 0
-    for group in range(table.num_row_groups):
-        count = table.metadata.row_group(group).num_rows
-        labels = [None] * count
-        if label is not None:
-            labels = table.read_row_group(group, columns=[label]).column(label).to_pylist()
-        for row, value in enumerate(labels):
-            if known is not None and isinstance(value, int):
-                value = known[value] if 0 <= value < len(known) else None
-            place = _Cell(str(file), column, group, row)
-            yield Item(f"{file}/{index}", f"{file.stem}/{index}", place, value)
-            index += 1
+    with _reading(file) as table:
+        label = next((name for name in LABEL_COLUMNS if name in table.schema_arrow.names), None)
+        names = None if label is None else _class_names(table.schema_arrow, label)
+        known = None if names is None else class_labels(names, classes)
+        index = 0
+        for group in range(table.num_row_groups):
+            count = table.metadata.row_group(group).num_rows
+            labels: Iterable[Any] = itertools.repeat(None, count)
+            if label is not None:
+                labels = table.read_row_group(group, columns=[label]).column(label).to_pylist()
+            for row, value in enumerate(labels):
+                if known is not None and isinstance(value, int):
+                    value = known[value] if 0 <= value < len(known) else None
+                place = _Cell(str(file), column, group, row)
+                yield Item(f"{file}/{index}", f"{file.stem}/{index}", place, value)
+                index += 1
 
 
 def class_labels(names: Sequence[str], classes: Classes | None) -> Sequence[int | str | None]:
@@ -99,9 +102,12 @@ class _Cell:
     row: int
 
     def __call__(self) -> bytes | Path:
+        import pyarrow as pa
+
         try:
-            value = _row_group(self.file, self.column, self.group)[self.row].as_py()
-        except (OSError, ValueError) as error:
+            stamp = Path(self.file).stat().st_mtime_ns
+            value = _row_group(self.file, stamp, self.column, self.group)[self.row].as_py()
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise ImageError(f"row group {self.group} cannot be read: {error}") from error
         return cell_image(value, Path(self.file).parent)
 
@@ -110,7 +116,7 @@ def cell_image(value: Any, folder: Path) -> bytes | Path:
     """The picture in bytes or in {bytes, path}, the path being relative to a folder."""
     if isinstance(value, dict):
         content, path = value.get("bytes"), value.get("path")
-        value = folder / path if content is None and path else content
+        value = folder / path if content is None and isinstance(path, str) and path else content
     if value is None:
         raise ImageError("the row has no picture")
     picture: bytes | Path = value
@@ -118,8 +124,8 @@ def cell_image(value: Any, folder: Path) -> bytes | Path:
 
 
 @functools.lru_cache(maxsize=2)
-def _row_group(file: str, column: str, group: int) -> pa.ChunkedArray:
-    """Kept for the rows that follow; rows are read in order."""
+def _row_group(file: str, stamp: int, column: str, group: int) -> pa.ChunkedArray:
+    """Kept for the rows that follow, which are read in order, while the file stays as it is."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
@@ -136,14 +142,18 @@ def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
         return None
 
 
-def _opened(file: Path) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[pq.ParquetFile]:
+    """The open file; whatever pyarrow raises on damaged ones is told as SourceError."""
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
-
-        return pq.ParquetFile(file)
     except ImportError as error:
         raise SourceError(
             f"{file} needs {error.name}: pip install 'gradcampp_ext[datasets]'"
         ) from error
-    except (OSError, ValueError) as error:
+    try:
+        with pq.ParquetFile(file) as table:
+            yield table
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise SourceError(f"{file} cannot be read: {error}") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradcampp_ext.batch.record import RecordError, write_all
+from gradcampp_ext.batch.record import RecordError, inside, write_all
 
 if TYPE_CHECKING:
     from gradcampp_ext.batch.engine import Row
@@ -40,7 +40,7 @@ class Parts(ABC):
     """
 
     def __init__(self, record: Record, folder: str) -> None:
-        self.record, self.folder = record, record.folder / folder
+        self.record, self.folder = record, inside(record.folder, record.folder / folder)
         self.index = 0  # of the part that the tail begins
         self._count = 0  # rows in the tail
         self._shape: tuple[int, ...] = ()
@@ -117,7 +117,7 @@ class Parts(ABC):
         """A new tail file in the place of the old one."""
         self.close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{_TAIL}.partial"
+        partial = self.record.partial()
         header = {"part": self.index, "shape": self._shape, "dtype": self._dtype.str}
         with partial.open("wb") as file:
             file.write(json.dumps(header).encode() + b"\n")

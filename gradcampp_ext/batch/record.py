@@ -3,11 +3,15 @@
 A picture is done when its lines are in results.jsonl, which are appended, in the order of the
 source, after its files are in place. Files are written under .partial and moved. Whatever moment
 the process dies at, the next run drops an unfinished last line and goes on from there.
+
+The folder may be a symbolic link. Those inside it are never followed: a link in the place of a file
+is replaced, and one in the place of a folder or a record is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -30,6 +34,7 @@ REPORT = "report"  # folder of the report
 _PARTIAL = ".partial"
 _LIKE_OUTPUT = r"(?i)\.(jpg|png|webp|npy)$"  # a folder called like a file would be in its way
 _LONGEST = 200  # bytes of a name's part; file systems take 255, suffixes need some
+_LONGEST_PATH = 1000  # of a name with its folders; Linux takes 4096, macOS 1024
 
 
 class RecordError(RuntimeError):
@@ -59,17 +64,22 @@ class Record:
         self._counter = itertools.count()
         with contextlib.ExitStack() as stack:
             try:
+                if folder.is_symlink() and not folder.exists():
+                    raise RecordError(
+                        f"{folder} is a symbolic link to {folder.readlink()}, which does not "
+                        "exist; make that folder, or choose another"
+                    )
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(folder))
                 shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
                 if overwrite:
                     _remove_outputs(folder)
-                self._check(settings)
-                self._read_results()
                 (folder / _PARTIAL).mkdir()
                 stack.callback(shutil.rmtree, folder / _PARTIAL, ignore_errors=True)
-                self._results = stack.enter_context((folder / RESULTS).open("ab", buffering=0))
-                self._errors = stack.enter_context((folder / ERRORS).open("wb", buffering=0))
+                self._check(settings)
+                self._read_results()
+                self._results = stack.enter_context(_open(folder / RESULTS, "ab"))
+                self._errors = stack.enter_context(_open(folder / ERRORS, "wb"))
             except OSError as error:
                 raise _explained(folder, error) from error
             self._open = stack.pop_all()
@@ -94,7 +104,7 @@ class Record:
             return self.done[path]
         name = safe_name(wanted)
         if name.casefold() in self._names:
-            name = f"{name}-{zlib.crc32(path.encode('utf-8', 'surrogateescape')):08x}"
+            name = f"{name}-{_digest(path)}"
         for number in itertools.count(2):
             if name.casefold() not in self._names:
                 break
@@ -104,15 +114,19 @@ class Record:
 
     def write(self, name: str, content: bytes) -> None:
         """A file, complete or not at all. `name` is relative to the folder."""
-        partial = self.folder / _PARTIAL / str(next(self._counter))
-        target = self.folder / name
+        partial, target = self.partial(), self.folder / name
         with self.writing():
+            inside(self.folder, target.parent)
             partial.write_bytes(content)
             try:
                 partial.replace(target)
             except FileNotFoundError:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial.replace(target)
+
+    def partial(self) -> Path:
+        """Where a file can be written that is then moved into its place."""
+        return self.folder / _PARTIAL / str(next(self._counter))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -153,12 +167,12 @@ class Record:
                     f"{self.folder} holds a {RESULTS} without a {SETTINGS}, so it is not known "
                     "how it was made; choose another folder"
                 ) from None
-            partial = self.folder / f".{SETTINGS}"
-            partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
+            self.write(SETTINGS, (json.dumps(wanted, indent=1) + "\n").encode())
             return
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{file} is damaged: {error}; choose another folder") from error
+        if not isinstance(found, dict):
+            raise RecordError(f"{file} is damaged: not a JSON object; choose another folder")
         differ = [
             f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}"
             for key in sorted({*found, *wanted})
@@ -173,7 +187,7 @@ class Record:
     def _read_results(self) -> None:
         """Takes up the finished pictures and cuts off what a kill left unfinished."""
         try:
-            file = (self.folder / RESULTS).open("r+b")
+            file = _open(self.folder / RESULTS, "r+b")
         except FileNotFoundError:
             return
         with file:
@@ -182,9 +196,9 @@ class Record:
                 try:
                     row = json.loads(line)
                     path, name = row["path"], row["name"]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
-                if not line.endswith(b"\n"):
+                if not (line.endswith(b"\n") and isinstance(path, str) and isinstance(name, str)):
                     break
                 position += len(line)
                 pending += 1
@@ -199,11 +213,15 @@ def safe_name(wanted: str) -> str:
     """A relative path without suffix that stays inside its folder on every file system.
 
     Parts "." and ".." are dropped; control characters, and those that some systems forbid,
-    become "_", as do a leading "-" and a leading or trailing dot or space.
+    become "_", as do a leading "-" and a leading or trailing dot or space. Where all is too long,
+    the folders become one.
     """
     parts = [_safe_part(part) for part in re.split(r"[/\\]", wanted) if part not in ("", ".", "..")]
     folders = [re.sub(_LIKE_OUTPUT, r"\g<0>_", part) for part in parts[:-1]]
-    return "/".join([*folders, *parts[-1:]]) or "_"
+    name = "/".join([*folders, *parts[-1:]]) or "_"
+    if len(name.encode()) > _LONGEST_PATH:
+        return f"{_digest(wanted)}/{parts[-1]}"
+    return name
 
 
 def _safe_part(part: str) -> str:
@@ -212,6 +230,29 @@ def _safe_part(part: str) -> str:
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", part):
         part = f"_{part}"
     return part.encode()[:_LONGEST].decode(errors="ignore")
+
+
+def inside(folder: Path, place: Path) -> Path:
+    """A place in the output folder; RecordError if a symbolic link leads out of that."""
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise RecordError(
+            f"{place} leads out of {folder}, to {place.resolve()}: outputs stay in their folder; "
+            "remove the symbolic link"
+        )
+    return place
+
+
+def _open(file: Path, mode: str) -> Any:
+    """A record, which is nobody else's file: a symbolic link is an OSError."""
+
+    def unlinked(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    return open(file, mode, buffering=0, opener=unlinked)
+
+
+def _digest(text: str) -> str:
+    return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:
@@ -234,6 +275,8 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 def _explained(folder: Path, error: OSError) -> RecordError:
     reason = error.strerror or str(error)
+    if error.errno == errno.ELOOP:
+        reason = f"{error.filename} is a symbolic link, which is not followed"
     return RecordError(
         f"cannot write in {folder}: {reason}. What is finished is kept; the same command goes on "
         "from there"
@@ -242,22 +285,27 @@ def _explained(folder: Path, error: OSError) -> RecordError:
 
 def _remove_outputs(folder: Path) -> None:
     """Removes what results.jsonl names, data sets, summaries and report, then the records."""
-    inside = folder.resolve()
+    root = folder.resolve()
+
+    def remove(name: str) -> None:
+        if (folder / name).parent.resolve().is_relative_to(root):
+            (folder / name).unlink(missing_ok=True)
+
     if (folder / SETTINGS).exists():
         for name in (RESULTS_TABLE, f"{REPORT}/index.html"):
-            (folder / name).unlink(missing_ok=True)
+            remove(name)
         for name in (*MAP_SETS, f"{REPORT}/data", f"{REPORT}/assets"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name).resolve().is_relative_to(root):
+                shutil.rmtree(folder / name, ignore_errors=True)
     if (folder / EVALUATION).exists():
         for name in _EVALUATED:
-            (folder / name).unlink(missing_ok=True)
+            remove(name)
     with contextlib.suppress(FileNotFoundError), (folder / RESULTS).open("rb") as lines:
         for line in lines:
-            with contextlib.suppress(ValueError):
+            # not a run's line, or not this folder's
+            with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
                 for name in json.loads(line).get("files", {}).values():
-                    file = folder / name
-                    if file.resolve().is_relative_to(inside):
-                        file.unlink(missing_ok=True)
+                    remove(name)
     for name in (RESULTS, ERRORS, SETTINGS):
         (folder / name).unlink(missing_ok=True)
 

@@ -28,7 +28,7 @@ from PIL import Image
 from gradcampp_ext import imaging
 from gradcampp_ext.batch.engine import variant
 from gradcampp_ext.batch.progress import printable
-from gradcampp_ext.batch.record import ERRORS, REPORT, RESULTS, SETTINGS, RecordError
+from gradcampp_ext.batch.record import ERRORS, REPORT, RESULTS, SETTINGS, RecordError, inside
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def build(
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder} holds no {RESULTS}; is it the folder of a run?")
     site = folder / REPORT
-    staging = site / ".partial"
+    staging = inside(folder, site / ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         (staging / "data").mkdir(parents=True)
@@ -135,6 +135,11 @@ def build(
         return (staging / "index.html").replace(site / "index.html")
     except OSError as error:
         raise RecordError(f"cannot make the report in {site}: {error}") from error
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError(
+            f"{folder / RESULTS} has a line that no run has written "
+            f"({type(error).__name__}: {error})"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -206,7 +211,15 @@ def _lines(file: Path) -> Iterator[Row]:
     with file.open("rb") as lines:
         for line in lines:
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield _parsed(line, file)
+
+
+def _parsed(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        parsed: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return parsed
 
 
 def _learn(row: Row, figures: dict[str, int]) -> None:
@@ -433,10 +446,9 @@ def template(name: str) -> jinja2.Template:
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return _parsed(file.read_bytes(), file)
     except FileNotFoundError:
         return {}
-    return settings
 
 
 def _plain(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from gradcampp_ext.batch.items import LABEL_COLUMNS, SUFFIXES, Item, SourceError
 from gradcampp_ext.imaging import ImageError
 
 _SHARD = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
+_LABEL_BYTES = 2**20  # of a file beside a picture; what is longer is no label
 _URL = re.compile(r"^\w{2,}:")
 
 
@@ -24,7 +26,12 @@ def is_shard(argument: str) -> bool:
 
 def is_stream(shard: str) -> bool:
     """Whether a shard can only be read from its beginning: a URL, or compressed."""
-    return _URL.match(shard) is not None or not shard.lower().endswith(".tar")
+    return _is_url(shard) or not shard.lower().endswith(".tar")
+
+
+def _is_url(shard: str) -> bool:
+    """A file stays a file, though it be called like a URL, of which some run commands."""
+    return _URL.match(shard) is not None and not os.path.lexists(shard)
 
 
 def expand(pattern: str) -> list[str]:
@@ -35,7 +42,10 @@ def expand(pattern: str) -> list[str]:
         raise SourceError(
             f"tar shards need {error.name}: pip install 'gradcampp_ext[datasets]'"
         ) from error
-    found: list[str] = expand_urls(pattern)
+    try:
+        found: list[str] = expand_urls(pattern)
+    except ValueError as error:  # braces without a match
+        raise SourceError(f"{pattern} is no pattern of shards: {error}") from error
     return found
 
 
@@ -101,12 +111,17 @@ def _members(shard: str, failures: list[str]) -> Iterator[dict[str, Any]]:
         with _opened(shard) if stream else tarfile.open(shard, "r:") as tar:
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or memory would grow
-                if not info.isreg() or re.match(r"(.*/)?__[^/]*__($|/)", info.name):
+                if (
+                    not info.isreg()
+                    or info.issparse()
+                    or re.match(r"(.*/)?__[^/]*__($|/)", info.name)
+                ):
                     continue
                 data: Any = _Member(shard, info.offset_data, info.size)
                 if stream or not _is_picture(info.name):
                     file = tar.extractfile(info)
-                    data = b"" if file is None else file.read()
+                    most = info.size if _is_picture(info.name) else _LABEL_BYTES
+                    data = b"" if file is None else file.read(most)
                 yield {"fname": info.name, "data": data, "__url__": shard}
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         failures.append(getattr(error, "strerror", None) or str(error))
@@ -115,7 +130,7 @@ def _members(shard: str, failures: list[str]) -> Iterator[dict[str, Any]]:
 def _opened(url: str) -> tarfile.TarFile:
     from webdataset.gopen import gopen
 
-    return tarfile.open(fileobj=gopen(url), mode="r|*")
+    return tarfile.open(fileobj=gopen(url) if _is_url(url) else Path(url).open("rb"), mode="r|*")
 
 
 def _item(shard: str, stem: str, sample: Mapping[str, Any]) -> Item:
@@ -128,7 +143,7 @@ def _item(shard: str, stem: str, sample: Mapping[str, Any]) -> Item:
     path, name = f"{shard}/{key}.{found[0]}", f"{stem}/{key}"
     try:
         return Item(path, name, sample[found[0]], _label(sample))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Item(path, name, _Broken(f"its label cannot be read: {error}"))
 
 

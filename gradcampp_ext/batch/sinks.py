@@ -130,6 +130,7 @@ class Overlays:
 
     def __post_init__(self) -> None:
         imaging.colormap(self.colormap)
+        imaging.check_weights(self.image_weight, self.heatmap_weight)
         if self.format not in OVERLAY_FORMATS:
             raise ValueError(f"format must be one of {OVERLAY_FORMATS}, got {self.format!r}")
 

@@ -56,7 +56,7 @@ class Files:
         classes: Classes | None = None,
     ) -> None:
         self._arguments = [os.fspath(argument) for argument in arguments]
-        self._leave_out = None if leave_out is None else leave_out.resolve()
+        self._leave_out = None if leave_out is None else label_key(os.fspath(leave_out))
         self._labels = labels or {}
         self._folder_label = folder_label
         self._classes = classes
@@ -65,8 +65,10 @@ class Files:
     def __iter__(self) -> Iterator[Item]:
         for argument in self._arguments:
             for item in self._expanded(argument):
-                label = self._labels.get(label_key(item.path), item.label)
-                yield replace(item, label=label)
+                if self._labels:
+                    label = self._labels.get(label_key(item.path), item.label)
+                    item = replace(item, label=label)
+                yield item
 
     def __len__(self) -> int:
         if any(shards.is_shard(each) and shards.is_stream(each) for each in self._arguments):
@@ -80,11 +82,12 @@ class Files:
         return imaging.read(item.image() if callable(item.image) else item.image)
 
     def _expanded(self, argument: str) -> Iterator[Item]:
-        path = Path(argument)
-        if path.exists() or not glob.has_magic(argument):
+        if exists(argument):
+            yield from self._named(argument)
+        elif not glob.has_magic(argument):
             for named in shards.expand(argument) if shards.is_shard(argument) else [argument]:
                 yield from self._named(named)
-        elif glob.has_magic(argument) and not path.exists():
+        else:
             found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute too
             if not found:
                 raise SourceError(f"nothing matches {argument!r}")
@@ -93,7 +96,7 @@ class Files:
 
     def _named(self, argument: str) -> Iterator[Item]:
         path = Path(argument)
-        if path.is_dir():
+        if os.path.isdir(argument):  # noqa: PTH112 - Path.is_dir raises where names are too long
             yield from self._folder(argument)
         elif shards.is_shard(argument):
             yield from shards.items(argument)
@@ -112,9 +115,9 @@ class Files:
             folders[:] = sorted(
                 name
                 for name in folders
-                if not name.startswith(".") and (here / name).resolve() != self._leave_out
+                if not name.startswith(".") and label_key(str(here / name)) != self._leave_out
             )
-            lies_in = here.resolve().name
+            lies_in = Path(label_key(parent)).name
             known = self._folder_label is not None and self._folder_label(lies_in)
             for name in sorted(files):
                 path = here / name
@@ -193,7 +196,18 @@ def read_labels(file: Path) -> dict[str, str]:
 
 def label_key(path: str) -> str:
     """The same for every way to write the path of one file."""
-    return str(Path(path).resolve())
+    try:
+        return os.path.realpath(path)  # Path.resolve raises where links go round in circles
+    except ValueError:  # no file can have this name
+        return path
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder; no name is too long or too odd to ask."""
+    try:
+        return os.path.exists(path)  # noqa: PTH110
+    except ValueError:
+        return False
 
 
 def _file(path: str) -> Item:
@@ -210,8 +224,10 @@ def _manifest(file: Path, *, labelled: bool = False) -> Iterator[Item]:
                 f"{file}, line {number}: one of the columns {', '.join(wanted)} is needed, "
                 f"got {', '.join(map(str, row)) or 'none'}"
             )
-        found = str(file.parent / str(path))
-        yield Item(found, str(Path(str(path)).with_suffix("")), found, label)
+        if not isinstance(path, str):
+            raise SourceError(f"{file}, line {number}: the path must be text, got {path!r}")
+        found = str(file.parent / path)
+        yield Item(found, os.path.splitext(path)[0], found, label)  # noqa: PTH122 - of any text
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -232,9 +248,9 @@ def read_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     if not isinstance(row, dict):
                         raise SourceError(f"{file}, line {number}: not a JSON object")
                     yield number, row
-    except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, SourceError):
-            raise
+    except SourceError:
+        raise
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise SourceError(f"{file} cannot be read: {error}") from error
 
 

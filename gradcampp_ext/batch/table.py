@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,9 +66,8 @@ class _Table:
             return
         schema = _schema(list(first["files"]))
         rows = itertools.chain([first], rows)
-        partial = self._record.folder / f".{RESULTS_TABLE}"
-        with self._record.writing(), contextlib.ExitStack() as stack:
-            stack.callback(partial.unlink, missing_ok=True)
+        partial = self._record.partial()
+        with self._record.writing():
             with pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
                 while chunk := [_plain(row) for row in itertools.islice(rows, _ROWS)]:
                     writer.write_table(pa.Table.from_pylist(chunk, schema))

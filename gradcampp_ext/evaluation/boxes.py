@@ -79,7 +79,7 @@ def _box(row: Mapping[str, Any], where: str) -> Box:
         if all(row.get(name) not in (None, "") for name in names):
             try:
                 left, top, right, bottom = (float(row[name]) for name in names)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 break
             if left < right and top < bottom:
                 return left, top, right, bottom
