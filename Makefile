@@ -10,7 +10,7 @@ BUILD_SOURCES := setup.py pyproject.toml $(wildcard _build_backend/*.py) $(NATIV
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z]+: .*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z-]+: .*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## explain real photographs into out/demo
 	$(BIN)/python -m gradcampp_ext.demo
@@ -23,6 +23,15 @@ sanitize: $(VENV)/test.stamp ## compute-sanitizer over the op's tests; needs a G
 		--error-exitcode 9 $(BIN)/pytest -x tests/test_ops.py -k cuda
 	REQUIRE_CUDA=1 compute-sanitizer --tool racecheck --error-exitcode 9 \
 		$(BIN)/pytest -x tests/test_ops.py -k "cuda and (targets or layouts or uniform)"
+
+sanitize-cpu: $(VENV)/test.stamp ## the CPU libraries under address, undefined and thread sanitizers
+	$(BIN)/python tests/sanitize/run.py
+
+fuzz: $(VENV)/fuzz.stamp ## 10,000 odd inputs of every kind, and 100,000 calls; prints figures
+	FUZZ_CASES=10000 $(BIN)/pytest tests/test_fuzz.py
+	for subject in lists annotations parquet shards model_files results specs native; do \
+		$(BIN)/python tests/fuzz_guided.py $$subject -atheris_runs=10000 || exit; done
+	ROBUSTNESS_CALLS=100000 $(BIN)/pytest tests/test_robustness.py
 
 check: $(VENV)/dev.stamp ## ruff, mypy, codespell, clang-format, clang-tidy; changes nothing
 	$(BIN)/ruff check .
@@ -67,5 +76,5 @@ $(VENV)/%.stamp: $(VENV)/tools.stamp $(BUILD_SOURCES)
 	$(INSTALL) --no-build-isolation -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test sanitize check audit wheel build bench docs clean
+.PHONY: help demo test sanitize sanitize-cpu fuzz check audit wheel build bench docs clean
 .PRECIOUS: $(VENV)/%.stamp

@@ -495,8 +495,11 @@ TRAPS = ("timm", "torchvision", "pyarrow", "webdataset", "datasets", "transforme
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder to work in, with a network, pictures, lists, and traps."""
-    pytest.importorskip("matplotlib.font_manager")  # it looks for fonts once and writes them down
-    platform.platform()  # runs uname once
+    # What libraries do once, when they are imported or first asked: a list of fonts is written,
+    # a folder for compiled code made, uname run.
+    pytest.importorskip("matplotlib.font_manager")
+    pytest.importorskip("timm")
+    platform.platform()
     place = tmp_path_factory.mktemp("place")
     (place / "in" / "cat").mkdir(parents=True)
     (place / "in" / "a.png").write_bytes(PNG)
