@@ -112,11 +112,11 @@ def _check_pair(activations: Array, gradients: Array) -> tuple[bool, Array, Arra
 
 
 def _walkable(array: Array) -> Array:
-    """The array itself, or a copy where its strides are no multiple of its items' size."""
+    """The array itself, or a copy where items lie at odd addresses or bytes in another order."""
     item = array.itemsize
     if array.flags.aligned and array.dtype.isnative and not any(s % item for s in array.strides):
         return array
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return np.array(array, array.dtype.newbyteorder("="), order="C")  # aligned, as a new one is
 
 
 def _check_threads(threads: int | None) -> int:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import tarfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -198,6 +199,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
             state = safetensors.load_file(file)
         except Exception as error:
             raise ModelError(f"{file} cannot be read as safetensors: {error}") from error
+    elif tarfile.is_tarfile(file):  # torch's format before 2017, which it unpacks into a folder
+        raise ModelError(f"{file} cannot be read by torch.load: it is a tar archive")
     else:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)

@@ -90,11 +90,16 @@ def cam(activations: Any, gradients: Any, benign: bool, options: dict[str, Any])
     if maps.is_meta:
         return "ok"
     a, g = activations.detach(), gradients.detach()
-    if benign:
+    if benign and usual(options):
         compare(maps, a, g, options)
     else:
         check_damage(maps, a, g, options)
     return "ok"
+
+
+def usual(options: dict[str, Any]) -> bool:
+    """Whether float32 can follow: an eps of 1e28 makes weights that are smaller than it has."""
+    return (options.get("eps") or 0) <= 1 and 0.01 <= options.get("temperature", 1) <= 100
 
 
 def out_of_memory(error: Exception) -> str:
@@ -151,7 +156,8 @@ def cam_of_arrays(activations: Any, gradients: Any, benign: bool, options: dict[
     options = {name: value for name, value in options.items() if name != "threads"}
     tensors = [torch.from_numpy(np.array(x, x.dtype.newbyteorder("="))) for x in
                (activations, gradients)]  # fmt: skip
-    (compare if benign else check_damage)(torch.from_numpy(maps), *tensors, options)
+    check = compare if benign and usual(options) else check_damage
+    check(torch.from_numpy(maps), *tensors, options)
     return "ok"
 
 

@@ -46,6 +46,22 @@ def test_strides_that_only_numpy_has():
     np.testing.assert_allclose(arrays.cam(packed["value"], g), arrays.cam(a, g))
 
 
+def test_addresses_between_items_do_not_reach_the_kernels(monkeypatch):
+    a, g = (x.double().numpy() for x in make_pair((2, 3, 4, 5)))
+    odd = np.frombuffer(b"\0" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    assert not odd.flags.aligned
+    native = arrays._numpy.cam
+    seen = []
+
+    def cam(*arguments):
+        seen.extend(arguments[:2])
+        return native(*arguments)
+
+    monkeypatch.setattr(arrays._numpy, "cam", cam)
+    np.testing.assert_array_equal(arrays.cam(odd, g), arrays.cam(a, g))
+    assert all(each.flags.aligned for each in seen)
+
+
 def test_read_only_input_is_read():
     a, g = (x.numpy() for x in make_pair((1, 4, 3, 3)))
     a.setflags(write=False)

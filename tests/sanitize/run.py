@@ -80,12 +80,13 @@ def address() -> None:
     environment = os.environ | {
         "PYTHONPATH": str(folder),
         "LD_PRELOAD": " ".join(preloaded),
-        "ASAN_OPTIONS": "detect_leaks=0",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # as malloc does
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "FUZZ_CASES": os.environ.get("FUZZ_CASES", "300"),
     }
     tests = [str(ROOT / "tests" / name) for name in TESTS]
-    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN]
+    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["--capture=sys", "-k", CHOSEN]  # reports go to the real standard error
     for name in instruction_sets(folder, environment):
         start = time.perf_counter()
         chosen = environment | {"GRADCAMPP_EXT_CPU": name}
