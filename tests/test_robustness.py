@@ -180,7 +180,7 @@ class Explained(torch.utils.data.Dataset):
         return self.explainer(images, topk=2).maps[0]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
 @pytest.mark.skipif(sys.platform != "linux", reason="starts processes as Linux does")
 def test_explainers_in_workers_of_a_data_loader(context):
     torch.manual_seed(3)
