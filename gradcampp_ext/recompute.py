@@ -21,7 +21,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from gradcampp_ext import layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
     from torch import Tensor, nn
@@ -35,23 +35,20 @@ class Recompute:
 
     They act where a second run does the same as the first: in evaluation mode, with a graph, and
     not inside torch.compile, torch.func or nn.DataParallel. Elsewhere passes are as without them.
+    Below the layer is what runs before somebody calls ``reached``, from a hook on the layer.
 
     Args:
         model: whose forward passes are changed.
-        targets: modules of it; below is what runs before the first of them has finished.
         enabled: asked at the start of every pass.
     """
 
-    def __init__(
-        self, model: nn.Module, targets: Iterable[nn.Module], enabled: Callable[[], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, enabled: Callable[[], bool]) -> None:
         self._enabled = enabled
         self.handles: list[RemovableHandle] = []
         if layers.unwrap(model) is not model:
             return
         self.handles += [
             model.register_forward_pre_hook(self._start, with_kwargs=True),
-            *(target.register_forward_hook(_reached, prepend=True) for target in targets),
             model.register_forward_hook(self._finish, always_call=True),
         ]
 
@@ -67,6 +64,13 @@ class Recompute:
         run = _current()
         if run is not None and run.owner is self and not run.replaying:
             run.close()
+
+
+def reached() -> None:
+    """The pass in progress in this thread, if there is one, has come to the layer."""
+    run = _current()
+    if run is not None:
+        run.below = False
 
 
 def replaying() -> bool:
@@ -190,12 +194,6 @@ class _Enough(BaseException):
 def _current() -> _Run | None:
     run: _Run | None = getattr(_thread, "run", None)
     return run
-
-
-def _reached(*_: Any) -> None:
-    run = _current()
-    if run is not None:
-        run.below = False
 
 
 def _kept(tensor: Tensor) -> tuple[Tensor, int]:

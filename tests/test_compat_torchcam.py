@@ -208,6 +208,16 @@ def test_samples_that_are_not_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_as_many_hooks_on_layers_as_torchcam_has(name: str) -> None:
+    model = Small().eval()
+    counts = []
+    for module in (ours, peer):
+        with getattr(module, name)(model, ["early", "late"]):
+            counts.append([len(layer._forward_hooks) for layer in (model.early, model.late)])
+    assert counts[0] == counts[1] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_hooks_and_context(name: str) -> None:
     model = Small().eval()
     with getattr(ours, name)(model, "late") as extractor:

@@ -16,7 +16,7 @@ import torch
 
 from gradcampp_ext import methods
 from gradcampp_ext.ops import cam, channel_weights
-from gradcampp_ext.recompute import Recompute, replaying
+from gradcampp_ext.recompute import Recompute, reached, replaying
 from gradcampp_ext.smooth import PowerSums
 
 try:
@@ -52,13 +52,13 @@ class _Fused(peer._GradCAM):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        targets = [self.submodule_dict[name] for name in self.target_names]
-        self.hook_handles += Recompute(model, targets, self._listening).handles
+        self.hook_handles += Recompute(model, self._listening).handles
 
     def _listening(self) -> bool:
         return bool(self._hooks_enabled)
 
     def _hook_a(self, *args: Any, **kwargs: Any) -> None:
+        reached()
         if not replaying():
             super()._hook_a(*args, **kwargs)
 
