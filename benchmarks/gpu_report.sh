@@ -67,7 +67,8 @@ print(json.dumps(about("cuda")["cuda"], indent=2))'
 step benchmark 150 "$python" benchmarks/bench_op.py --device cuda --seconds 110 \
   --json "$folder/op_cuda.json"
 step tests 90 "$python" -m pytest -q -p no:cacheprovider --junitxml="$folder/tests.xml" \
-  tests/test_cuda.py tests/test_ops.py tests/test_imaging.py tests/test_smooth.py -k cuda
+  tests/test_cuda.py tests/test_ops.py tests/test_differentiable.py tests/test_imaging.py tests/test_smooth.py \
+  -k cuda
 # Without torch's own cache of memory every tensor ends where its allocation ends.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 60 bash -c 'command -v compute-sanitizer > /dev/null ||
   { echo "compute-sanitizer is not installed"; exit 1; }
