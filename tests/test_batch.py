@@ -644,7 +644,7 @@ def test_batches_are_explained_side_by_side_on_modules_of_their_own(tmp_path, mo
 
 def test_twins_share_weights_only():
     original = make_model()
-    twin = explaining.twin(original, batch.Options())
+    (twin,) = explaining.twins(original, batch.Options(), 1)
     assert not set(original.model.modules()) & set(twin.model.modules())
     for one, other in zip(original.model.parameters(), twin.model.parameters(), strict=True):
         assert one is other
@@ -665,7 +665,7 @@ def test_a_model_whose_copy_runs_the_original_is_explained_batch_by_batch(tmp_pa
     many_cores(monkeypatch)
     write_pictures(tmp_path / "in", 12)
     holding = replace(make_model(), model=Holding().eval(), target_layer="features")
-    assert explaining.twin(holding, batch.Options()) is None
+    assert explaining.twins(holding, batch.Options(), 1) == []
     assert run([tmp_path / "in"], holding, tmp_path / "out").explained == 12
 
 

@@ -153,8 +153,8 @@ class Decoding:
 def default_workers(device: torch.device, batches: int | None) -> int:
     """How many processes feed a device; none is worth its start for one batch.
 
-    A CPU's cores are wanted for explaining, which takes about four times as long as decoding
-    even with a small network.
+    A CPU's cores are wanted for explaining, which takes several times as long as decoding even
+    with a small network.
     """
     if batches is not None and batches <= 1:
         return 0

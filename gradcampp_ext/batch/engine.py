@@ -128,9 +128,8 @@ class Engine:
             output=self._remember,
         )
         if options.compile:
-            picture = torch.zeros(1, *self._model.recipe.size, 3, dtype=torch.uint8)
-            images = model.recipe.normalize(picture.to(options.device), options.dtype)
-            self._compiled = compiled(network, self._explainer.capture(images).layers)
+            captured = self._explainer.capture(blank(model, options))
+            self._compiled = compiled(network, captured.layers)
 
     @property
     def layer(self) -> str | None:
@@ -242,6 +241,12 @@ class Engine:
         if self._options.fuse is None:
             return self._layers
         return (f"{self._options.fuse}({', '.join(self._layers)})",)
+
+
+def blank(model: LoadedModel, options: Options) -> Tensor:
+    """The network's input for one black picture, to try it with."""
+    picture = torch.zeros(1, *model.recipe.size, 3, dtype=torch.uint8, device=options.device)
+    return model.recipe.normalize(picture, options.dtype)
 
 
 def compiled(network: nn.Module, layers: Sequence[str]) -> list[str]:

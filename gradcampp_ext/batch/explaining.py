@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
-from gradcampp_ext.batch.engine import Engine
+from gradcampp_ext.batch.engine import Engine, blank
 from gradcampp_ext.batch.sinks import draw
 from gradcampp_ext.explainer import Explainer
 
@@ -64,7 +64,7 @@ class Done(NamedTuple):
     Attributes:
         rows, drawn, failures: as `Writer.put` takes them.
         layer: as `Engine.layer`.
-        seconds: by stage: "decode", waiting for pictures, and "explain".
+        seconds: by stage: "decode", waiting for pictures, and "explain"; known to who waited.
     """
 
     rows: list[list[Row]]
@@ -87,13 +87,10 @@ class Explain:
     def __init__(self, job: Job) -> None:
         self._engine, self._sinks = Engine(job.model, job.options), job.sinks
 
-    def __call__(self, batch: Batch, waited: float) -> Done:
-        """`waited`: seconds for the batch."""
-        begin = time.perf_counter()
+    def __call__(self, batch: Batch) -> Done:
         rows, rendered = self._engine(batch)
         drawn = None if rendered is None else draw(self._sinks, rendered)
-        seconds = {"decode": waited, "explain": time.perf_counter() - begin}
-        return Done(rows, drawn, batch.failures, self._engine.layer, seconds)
+        return Done(rows, drawn, batch.failures, self._engine.layer, {})
 
 
 class Local:
@@ -115,7 +112,7 @@ class Local:
             workers = default_workers(options.device, self._job.batches)
         pin = options.device.type == "cuda"
         threads = torch.get_num_threads()
-        lanes = [self._explain, *self._twins(threads)]
+        lanes = [self._explain, *self._beside(threads)]
         pool = ThreadPoolExecutor(
             len(lanes), "gradcampp-explain", torch.set_num_threads, (threads // len(lanes),)
         )
@@ -126,18 +123,15 @@ class Local:
                 pool.shutdown(cancel_futures=True)
                 torch.set_num_threads(threads)  # the pool's number is that of all new threads
 
-    def _twins(self, threads: int) -> list[Explain]:
-        """For the lanes beside the first; none where a batch needs all of the device."""
-        options = self._job.options
-        if options.device.type != "cpu" or options.compile:
+    def _beside(self, threads: int) -> list[Explain]:
+        """The lanes beside the first; none where a batch needs all of the device."""
+        job = self._job
+        if job.options.device.type != "cpu" or job.options.compile:
             return []
-        twins: list[Explain] = []
-        while len(twins) + 1 < min(threads, _MOST_LANES, self._job.batches or threads):
-            model = twin(self._job.model, options)
-            if model is None:
-                break
-            twins.append(Explain(replace(self._job, model=model)))
-        return twins
+        count = min(threads, _MOST_LANES, job.batches or threads) - 1
+        return [
+            Explain(replace(job, model=model)) for model in twins(job.model, job.options, count)
+        ]
 
     @staticmethod
     def _done(
@@ -151,7 +145,7 @@ class Local:
         def explain(batch: Batch) -> Done:
             lane = idle.get()
             try:
-                return lane(batch, 0.0)
+                return lane(batch)
             finally:
                 idle.put(lane)
 
@@ -173,19 +167,19 @@ class Local:
             yield done._replace(seconds=seconds)
 
 
-def twin(model: LoadedModel, options: Options) -> LoadedModel | None:
+def twins(model: LoadedModel, options: Options, count: int) -> list[LoadedModel]:
     """The same weights in modules of their own, as a forward pass may leave things on modules.
 
-    None if the model cannot be copied, or its copy runs modules of the original (held by a
+    None at all if the model cannot be copied, or a copy runs modules of the original (held by a
     function, say), which then shows in a layer that gives nothing.
     """
     network = model.model
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     try:
-        copied = replace(model, model=deepcopy(network, shared))
-        picture = torch.zeros(1, *model.recipe.size, 3, dtype=torch.uint8)
-        images = model.recipe.normalize(picture, options.dtype)
-        Explainer(copied.model, options.layers or model.target_layer).capture(images)
+        copies = [deepcopy(network, dict(shared)) for _ in range(count)]
+        for copied in copies[:1]:
+            explainer = Explainer(copied, options.layers or model.target_layer)
+            explainer.capture(blank(model, options))
     except Exception:
-        return None
-    return copied
+        return []
+    return [replace(model, model=copied) for copied in copies]

@@ -373,7 +373,10 @@ class _Worker:
         try:
             if self._explain is None:
                 self._explain = Explain(_job(self._ref))
-            return self._explain(decoded, time.perf_counter() - self._idle)
+            begin = time.perf_counter()
+            done = self._explain(decoded)
+            waited, explaining = begin - self._idle, time.perf_counter() - begin
+            return done._replace(seconds={"decode": waited, "explain": explaining})
         except _EXPECTED as error:
             return error
 
