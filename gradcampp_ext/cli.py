@@ -655,9 +655,9 @@ def _load(
 def _source(paths: list[str], out: Path, labels: Path | None, loaded: LoadedModel) -> Source:
     from gradcampp_ext.batch import Files, SourceError, hub
     from gradcampp_ext.batch.items import length
-    from gradcampp_ext.batch.sources import exists, read_labels
+    from gradcampp_ext.batch.sources import read_labels
 
-    if any(path.startswith(hub.SCHEMES) and not exists(path) for path in paths):
+    if any(path.startswith(hub.SCHEMES) and not os.path.exists(path) for path in paths):  # noqa: PTH110
         if len(paths) > 1 or labels is not None:
             raise SourceError("a Hugging Face data set stands alone, and has its own labels")
         return hub.load(paths[0], loaded.classes)

@@ -162,7 +162,7 @@ def cam_of_arrays(activations: Any, gradients: Any, benign: bool, options: dict[
 
 
 def overlay(images: Any, maps: Any, options: dict[str, Any]) -> str:
-    """`gx.overlay`, compared with the formula."""
+    """`gx.overlay`: pixels of the maps' shape."""
     try:
         drawn = gx.overlay(images, maps, **options)
     except (TypeError, ValueError) as error:

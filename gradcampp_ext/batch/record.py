@@ -234,12 +234,16 @@ def _safe_part(part: str) -> str:
 
 def inside(folder: Path, place: Path) -> Path:
     """A place in the output folder; RecordError if a symbolic link leads out of that."""
-    if not place.resolve().is_relative_to(folder.resolve()):
+    if not _is_inside(folder, place):
         raise RecordError(
             f"{place} leads out of {folder}, to {place.resolve()}: outputs stay in their folder; "
             "remove the symbolic link"
         )
     return place
+
+
+def _is_inside(folder: Path, place: Path) -> bool:
+    return place.resolve().is_relative_to(folder.resolve())
 
 
 def _open(file: Path, mode: str) -> Any:
@@ -285,17 +289,16 @@ def _explained(folder: Path, error: OSError) -> RecordError:
 
 def _remove_outputs(folder: Path) -> None:
     """Removes what results.jsonl names, data sets, summaries and report, then the records."""
-    root = folder.resolve()
 
     def remove(name: str) -> None:
-        if (folder / name).parent.resolve().is_relative_to(root):
+        if _is_inside(folder, (folder / name).parent):
             (folder / name).unlink(missing_ok=True)
 
     if (folder / SETTINGS).exists():
         for name in (RESULTS_TABLE, f"{REPORT}/index.html"):
             remove(name)
         for name in (*MAP_SETS, f"{REPORT}/data", f"{REPORT}/assets"):
-            if (folder / name).resolve().is_relative_to(root):
+            if _is_inside(folder, folder / name):
                 shutil.rmtree(folder / name, ignore_errors=True)
     if (folder / EVALUATION).exists():
         for name in _EVALUATED:

@@ -82,7 +82,7 @@ class Files:
         return imaging.read(item.image() if callable(item.image) else item.image)
 
     def _expanded(self, argument: str) -> Iterator[Item]:
-        if exists(argument):
+        if os.path.exists(argument):  # noqa: PTH110 - Path.exists raises where names are too long
             yield from self._named(argument)
         elif not glob.has_magic(argument):
             for named in shards.expand(argument) if shards.is_shard(argument) else [argument]:
@@ -200,14 +200,6 @@ def label_key(path: str) -> str:
         return os.path.realpath(path)  # Path.resolve raises where links go round in circles
     except ValueError:  # no file can have this name
         return path
-
-
-def exists(path: str) -> bool:
-    """Whether there is such a file or folder; no name is too long or too odd to ask."""
-    try:
-        return os.path.exists(path)  # noqa: PTH110
-    except ValueError:
-        return False
 
 
 def _file(path: str) -> Item:
