@@ -20,11 +20,13 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.egg_info import egg_info
+from setuptools.command.sdist import sdist
 
 sys.path.insert(0, str(Path(__file__).parent / "_build_backend"))
 import gradcampp_toolchain as toolchain
 
 BUILD_INFO = "gradcampp_ext/_build_info.json"
+COMMIT = Path("COMMIT")  # in source distributions only
 
 # One kernel source, compiled once per instruction set that the machine's family may have.
 CPU_TARGETS = {"baseline": []}
@@ -140,6 +142,7 @@ class BuildNative(build_ext):
                     "cuda": None if cuda_omitted else cuda.version,
                     "cuda_architectures": [] if cuda_omitted else list(cuda.architectures),
                     "cuda_omitted": cuda_omitted,
+                    "commit": commit(),
                 },
                 indent=2,
             ),
@@ -166,6 +169,28 @@ class LabelVersion(egg_info):
     def finalize_options(self) -> None:
         self.tag_build = os.environ.get("GRADCAMPP_EXT_LABEL") or self.tag_build
         super().finalize_options()
+
+
+def commit() -> str | None:
+    """Of the sources, with a + where they differ; a source distribution has it in a file."""
+    if COMMIT.exists():
+        return COMMIT.read_text(encoding="utf-8").strip() or None
+    if not Path(".git").exists():  # around it there may be somebody else's
+        return None
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if changed else "")
+
+
+class SourceDistribution(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, COMMIT).write_text(f"{commit() or ''}\n", encoding="utf-8")
 
 
 def plan_cpu(
@@ -232,5 +257,9 @@ setup(
     packages=[*find_packages(include=["gradcampp_ext*"]), "gradcampp_ext.benchmarks"],
     package_dir={"gradcampp_ext.benchmarks": "benchmarks"},
     ext_modules=[Extension(f"gradcampp_ext.{name}", []) for name in ("_cpu", "_cuda", "_numpy")],
-    cmdclass={"build_ext": BuildNative, "egg_info": LabelVersion},
+    cmdclass={
+        "build_ext": BuildNative,
+        "egg_info": LabelVersion,
+        "sdist": SourceDistribution,
+    },
 )

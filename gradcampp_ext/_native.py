@@ -6,7 +6,9 @@ CUDA build of torch, so it is loaded only beside one of the CUDA major version i
 
 from __future__ import annotations
 
+import functools
 import json
+import subprocess
 import threading
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,6 +33,7 @@ class BuildInfo:
     cuda: str | None  # CUDA toolkit's version; None if CUDA was left out
     cuda_architectures: tuple[str, ...]
     cuda_omitted: str | None  # why CUDA was left out
+    commit: str | None = None  # of the sources; a + where they differ from it; None if not known
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Status:
     """The state of the native part in this process, for `gradcampp info`."""
 
     version: str
+    commit: str | None  # as of `commit`
     torch: str
     torch_cuda: str | None
     build: BuildInfo
@@ -91,6 +95,33 @@ def build_info() -> BuildInfo:
     return BuildInfo(**facts)
 
 
+@functools.cache
+def commit() -> str | None:
+    """The commit that this package is of, with a + where its files differ; None if not known.
+
+    A checkout is asked itself, since its Python files may be newer than what was built in it; an
+    installed package says what it was built from.
+    """
+    root = _FOLDER.parent
+    if (root / ".git").exists():
+        command = ["git", "--no-optional-locks", "-C", str(root)]
+        ours = ["--", "gradcampp_ext", "csrc", "setup.py"]
+        try:
+            head, changed = (
+                subprocess.run(
+                    [*command, *words], check=True, capture_output=True, text=True
+                ).stdout
+                for words in (
+                    ["rev-parse", "HEAD"],
+                    ["status", "--porcelain", "--untracked-files=no", *ours],
+                )
+            )
+            return head.strip() + ("+" if changed else "")
+        except (OSError, subprocess.CalledProcessError):
+            pass  # no git here, or somebody else's folder, which git does not read
+    return build_info().commit
+
+
 def status() -> Status:
     """The state of the native part, after loading it.
 
@@ -108,6 +139,7 @@ def status() -> Status:
         cuda_missing = "torch finds no usable GPU (torch.cuda.is_available() is False)"
     return Status(
         version=metadata.version("gradcampp_ext"),
+        commit=commit(),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         build=build_info(),

@@ -13,7 +13,8 @@ from dataclasses import replace
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 
     from gradcampp_ext.batch import Progress, Sink, Source, Summary
     from gradcampp_ext.batch.ray import Cluster
+    from gradcampp_ext.batch.reproduce import Recorded
     from gradcampp_ext.models import LoadedModel
 
+# parameters of explain that decide no output
+_UNRECORDED = frozenset(
+    {"out", "reproduce", "engine", "ray_address", "workers", "overwrite", "quiet", "json_progress"}
+)
 FAILED, UNUSABLE = 1, 2  # exit codes: pictures were skipped; an error stopped the command
 
 # panels of the help
@@ -65,15 +71,15 @@ Weights = Annotated[
         "published ones, which torchvision, timm and hf download once.",
     ),
 ]
-Paths = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="PATH...",
-        help="Pictures, folders (with all below), globs; .csv, .jsonl and .parquet lists with "
-        "a column path; .parquet files of pictures; WebDataset shards, a-{000..127}.tar; "
-        "hf:NAME@SPLIT or hf-stream:NAME@SPLIT, a Hugging Face data set.",
-    ),
-]
+_PATHS = typer.Argument(
+    metavar="PATH...",
+    help="Pictures, folders (with all below), globs; .csv, .jsonl and .parquet lists with "
+    "a column path; .parquet files of pictures; WebDataset shards, a-{000..127}.tar; "
+    "hf:NAME@SPLIT or hf-stream:NAME@SPLIT, a Hugging Face data set.",
+    show_default=False,
+)
+Paths = Annotated[list[str], _PATHS]
+MaybePaths = Annotated[list[str] | None, _PATHS]
 Out = Annotated[
     Path,
     typer.Option(
@@ -146,11 +152,23 @@ JsonProgress = Annotated[
 
 
 @app.command(
-    epilog="Exit code: 0 all explained, 1 some skipped, 2 stopped by an error, 130 interrupted."
+    epilog="Exit code: 0 all explained, 1 some skipped (or outputs that --reproduce finds to "
+    "differ), 2 stopped by an error, 130 interrupted."
 )
 def explain(
-    paths: Paths,
+    context: typer.Context,
     out: Out,
+    paths: MaybePaths = None,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RESULTS",
+            help="Explain once more what results.jsonl, or the folder around it, was made of, and "
+            "compare all outputs bit by bit. PATHs and options are the record's.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     model: Model = "demo",
     weights: Weights = None,
     method: Annotated[
@@ -276,39 +294,56 @@ def explain(
 
         from gradcampp_ext import batch
         from gradcampp_ext.batch.memory import keep_freed_memory
+        from gradcampp_ext.batch.pipeline import settings
+        from gradcampp_ext.batch.provenance import environment
+        from gradcampp_ext.batch.reproduce import Pictures, Watch
 
         keep_freed_memory()
-        loaded = _load(model, weights, class_names, recipe)
-        source = _source(paths, out, labels, loaded)
+        record = None if reproduce is None else _record(reproduce, out)
+        asked = _asked(context, record)
+        if not asked.paths:
+            raise typer.BadParameter("name PATHs of pictures, or a record by --reproduce")
+        loaded = _load(asked.model, asked.weights, asked.class_names, asked.recipe)
+        source = _source(asked.paths, out, asked.labels, loaded)
         sinks: list[Sink] = []
-        if overlays != "none":
-            sinks.append(batch.Overlays(overlays, colormap, image_weight, heatmap_weight))
-        if maps != "none":
-            for form in dict.fromkeys(maps_as or [MapFormat.NPY]):
+        if asked.overlays != "none":
+            look = asked.colormap, asked.image_weight, asked.heatmap_weight
+            sinks.append(batch.Overlays(asked.overlays, *look))
+        if asked.maps != "none":
+            for form in dict.fromkeys(asked.maps_as or [MapFormat.NPY]):
                 if form is MapFormat.NPY:
-                    sinks.append(batch.Maps(maps, maps_dtype))
+                    sinks.append(batch.Maps(asked.maps, asked.maps_dtype))
                 else:
-                    sinks.append(batch.MapSet(form.value, maps, maps_dtype))
-        if table:
+                    sinks.append(batch.MapSet(form.value, asked.maps, asked.maps_dtype))
+        if asked.table:
             sinks.append(batch.ResultsTable())
-        if report:
+        if asked.report:
             sinks += batch.report.sinks()
         progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
-        with _cluster(engine, ray_address) as cluster:
+        with _cluster(engine, ray_address) as cluster, _threads(record):
             options = batch.Options(
-                method=method,
-                target_layer=target_layer or None,
-                fuse=fuse,
-                target=_target(target, loaded),
-                topk=top_k,
-                size=_size(size),
-                device=_device(device, cluster),
-                dtype=getattr(torch, dtype),
-                compile=compile_,
-                batch_size=batch_size,
+                method=asked.method,
+                target_layer=asked.target_layer or None,
+                fuse=asked.fuse,
+                target=_target(asked.target, loaded),
+                topk=asked.top_k,
+                size=_size(asked.size),
+                device=_device(asked.device, cluster),
+                dtype=getattr(torch, asked.dtype),
+                compile=asked.compile_,
+                batch_size=asked.batch_size,
                 workers=workers,
             )
             with _stop_on_signal(out) as (stop, signals):
+                watch = None
+                if record is not None:
+                    record.check(settings(loaded, options, sinks))
+                    here = environment(options.device, 1 if cluster else torch.get_num_threads())
+                    for doubt in record.doubts(here):
+                        _say(f"bits may differ: {doubt}")
+                    source = Pictures(source, record, options.batch_size)
+                    progress = watch = Watch(progress, record, stop)
+                asked.device = str(options.device)
                 summary = batch.run(
                     source,
                     loaded,
@@ -316,13 +351,19 @@ def explain(
                     sinks,
                     options,
                     engine=cluster or batch.Local,
+                    command=_recorded(asked),
                     overwrite=overwrite,
                     progress=progress,
                     stop=stop,
                 )
-        if report and not summary.interrupted:
+        if watch is not None:
+            watch.check()
+        if asked.report and not summary.interrupted:
             _say(f"look at {batch.report.build(out)}")
-    _end(summary, out, signals)
+    if record is not None and not summary.interrupted:
+        _compare(record, out)
+    else:
+        _end(summary, out, signals)
 
 
 @app.command(
@@ -592,7 +633,7 @@ def info() -> None:
     build = status.build
     compiled = f"CUDA {build.cuda} ({', '.join(build.cuda_architectures)})" if build.cuda else "no"
     rows = [
-        ("gradcampp_ext", status.version),
+        ("gradcampp_ext", f"{status.version}, commit {status.commit or 'not known'}"),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{status.torch}, CUDA {status.torch_cuda or 'no'}"),
         *((name, _version(name)) for name in ("numpy", "pillow", *_OPTIONAL)),
@@ -807,6 +848,83 @@ def _end(summary: Summary, out: Path, signals: Sequence[int]) -> None:
     if summary.failed:
         _say(f"{summary.failed} skipped, the reasons are in {out / 'errors.jsonl'}")
         raise typer.Exit(FAILED)
+
+
+def _record(named: Path, out: Path) -> Recorded:
+    from gradcampp_ext.batch.reproduce import read
+
+    record = read(named)
+    if out.resolve() == record.folder.resolve():
+        raise typer.BadParameter(f"--out must be another folder than the record's, {out}")
+    return record
+
+
+def _asked(context: typer.Context, record: Recorded | None) -> SimpleNamespace:
+    """The options that decide the outputs, by name: as given, or those of a record."""
+    given = {name: value for name, value in context.params.items() if name not in _UNRECORDED}
+    if record is None:
+        return SimpleNamespace(**given)
+    if record.asked.keys() != given.keys():
+        differ = ", ".join(sorted(record.asked.keys() ^ given.keys()))
+        raise typer.BadParameter(
+            f"{record.folder} was filled by a version of this program with other options: {differ}"
+        )
+    asked = {}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in given:
+            asked[name] = parameter.process_value(context, record.asked[name])
+            source = context.get_parameter_source(name)
+            told = source is not None and source.name == "COMMANDLINE"
+            if told and _plain(given[name]) != _plain(asked[name]):
+                raise typer.BadParameter(
+                    f"{parameter.opts[0]} {given[name]} contradicts the record, which has "
+                    f"{record.asked[name]}; leave it out"
+                )
+    return SimpleNamespace(**asked)
+
+
+def _recorded(asked: SimpleNamespace) -> dict[str, Any]:
+    """For run.json, which has the size of the batches among the conditions of the run."""
+    given = sorted(vars(asked).items())
+    return {name: _plain(value) for name, value in given if name != "batch_size"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.value if isinstance(value, Enum) else value
+
+
+@contextlib.contextmanager
+def _threads(record: Recorded | None) -> Iterator[None]:
+    """As many threads as the record was made with: the order of sums depends on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    if record is not None:
+        torch.set_num_threads(int(record.environment["threads"]))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare(record: Recorded, out: Path) -> None:
+    """Says whether the outputs are the record's, and exits with 1 if they are not."""
+    from gradcampp_ext.batch.reproduce import compare
+
+    found = compare(record, out)
+    for text in found.differ:
+        _say(f"differs: {text}")
+    if found.different:
+        count = found.same + found.different
+        _say(f"not reproduced: {found.different} of {count} rows and files of {record.folder}")
+        raise typer.Exit(FAILED)
+    absent = f"; {found.absent} of its files are not there any more" if found.absent else ""
+    _say(f"reproduced: {found.same} rows and files of {record.folder}, bit by bit{absent}")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:

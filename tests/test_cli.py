@@ -81,7 +81,8 @@ def test_results_have_these_columns():
     assert list(row) == [
         "path", "name", "predicted", "predicted_name", "predicted_probability", "label",
         "label_name", "right", "rank", "layer", "target", "target_name", "probability", "score",
-        "width", "height", "view", "peak", "central_mass", "entropy", "files",
+        "width", "height", "view", "peak", "central_mass", "entropy", "pixels_sha256", "files",
+        "record",
     ]  # fmt: skip
     assert row["files"] == {"overlay": "overlays/a.jpg", "map": "maps/a.npy"}
     assert Image.open("out/overlays/a.jpg").size == (32, 32)

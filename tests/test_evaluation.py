@@ -310,9 +310,9 @@ def test_a_folder_with_a_row_a_picture_is_refused(pictures, tmp_path):
     """Which is how evaluations were recorded before they had reports."""
     out = tmp_path / "out"
     run(pictures, make_model(), out)
-    settings = json.loads((out / "run.json").read_text())
-    assert settings.pop("report") is False
-    (out / "run.json").write_text(json.dumps(settings))
+    record = json.loads((out / "run.json").read_text())
+    assert record["settings"].pop("report") is False
+    (out / "run.json").write_text(json.dumps(record))
     old = [
         {"path": first["path"], "name": first["name"], "rank": 1, "layer": "second", "maps": []}
         for first, *_ in by_picture(rows(out))

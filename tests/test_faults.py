@@ -341,7 +341,7 @@ def test_a_full_disk(tmp_path, pictures, whole, kilobytes):
         assert tree(out) == whole
 
 
-@pytest.mark.parametrize("limit", [3_000, 9_000])
+@pytest.mark.parametrize("limit", [5_000, 9_000])
 def test_files_that_may_not_grow(tmp_path, pictures, whole, limit):
     """RLIMIT_FSIZE: the records themselves reach their limit, and writing them fails."""
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_sdist_holds_every_tracked_file(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert set(tracked.stdout.split()) - packed == set()
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "COMMIT"} <= packed
 
 
 def test_label_stands_behind_the_version(sdist: Path, wheel: Path) -> None:
@@ -133,6 +134,15 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert "gradcampp_ext/_cuda.so" not in names
     top = {name.split("/")[0] for name in names}
     assert all(name.startswith("gradcampp_ext") for name in top), top
+
+
+def test_wheel_knows_the_commit_that_it_was_built_from(wheel: Path) -> None:
+    command = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    if head.returncode != 0:
+        pytest.skip("the tests do not run in a git checkout")
+    info = json.loads(zipfile.ZipFile(wheel).read("gradcampp_ext/_build_info.json"))
+    assert info["commit"].removesuffix("+") == head.stdout.strip()
 
 
 def test_wheel_names_no_folder_of_this_machine(wheel: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -31,7 +32,13 @@ class DecodeError(RuntimeError):
 
 
 class Decoded(NamedTuple):
-    """A picture that was read: its upright size, and the part of it that the network sees."""
+    """A picture that was read.
+
+    Attributes:
+        width, height: upright.
+        view: the part of it that the network sees.
+        pixels_sha256: of what the network sees, uint8 [h, w, 3].
+    """
 
     path: str
     name: str
@@ -39,6 +46,7 @@ class Decoded(NamedTuple):
     width: int
     height: int
     view: Box
+    pixels_sha256: str
 
 
 @dataclass
@@ -88,11 +96,12 @@ class Decoder(Dataset[Batch]):
             except ImageError as error:
                 batch.failures.append((item.path, str(error)))
                 continue
-            pictures.append(self._recipe.picture(image))
+            pictures.append(np.ascontiguousarray(self._recipe.picture(image)))
             if self._size != self._recipe.size:
                 displays.append(self._recipe.display(image, self._size))
             view = self._recipe.view(*image.size)
-            batch.items.append(Decoded(item.path, name, label, *image.size, view))
+            sha256 = hashlib.sha256(pictures[-1].data).hexdigest()
+            batch.items.append(Decoded(item.path, name, label, *image.size, view, sha256))
         if pictures:
             batch.pictures = torch.from_numpy(np.stack(pictures))
             batch.displays = torch.from_numpy(np.stack(displays)) if displays else batch.pictures

@@ -324,6 +324,7 @@ def rows_of(
             "peak": None,
             "central_mass": None,
             "entropy": None,
+            "pixels_sha256": item.pixels_sha256,
         }
         if figures["mass"][index] > 0:
             x, y = figures["peak_x"][index], figures["peak_y"][index]

@@ -77,6 +77,10 @@ class Done(NamedTuple):
 class Explaining(Protocol):
     """Explains the chunks of a run wherever it likes to."""
 
+    @property
+    def threads(self) -> int:
+        """That explain, where that is done on CPUs: the order of sums depends on it."""
+
     def start(self, chunks: Iterator[Chunk]) -> AbstractContextManager[Iterator[Done]]:
         """Explained batches in the order of the chunks, of which few are taken ahead of time."""
 
@@ -103,6 +107,7 @@ class Local:
 
     def __init__(self, job: Job) -> None:
         self._job, self._explain = job, Explain(job)
+        self.threads = torch.get_num_threads()
 
     @contextlib.contextmanager
     def start(self, chunks: Iterator[Chunk]) -> Iterator[Iterator[Done]]:

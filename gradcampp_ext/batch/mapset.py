@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradcampp_ext.batch import provenance
 from gradcampp_ext.batch.parts import Parts
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class MapSet:
 
     maps.parquet is a folder of files with the columns path, rank, layer, target (a class index)
     and map (Arrow's fixed_shape_tensor [H, W]); maps.zarr is a group (Zarr 3) of the arrays path,
-    rank, layer, target [M] and map [M, H, W]. Row m is line m of results.jsonl.
+    rank, layer, target [M] and map [M, H, W]. Row m is line m of results.jsonl. What made them
+    stands under "gradcampp_ext", in the metadata of each file or in the group's attributes.
 
     Attributes:
         format: "parquet" (needs pyarrow) or "zarr" (needs zarr).
@@ -87,7 +89,8 @@ class _ParquetParts(Parts):
                     for name, column in _columns(rows).items()
                 },
                 "map": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values)),
-            }
+            },
+            metadata=provenance.parquet(self.record.about),
         )
         file = io.BytesIO()
         pyarrow.parquet.write_table(table, file, compression="zstd")
@@ -159,7 +162,7 @@ class _ZarrParts(Parts):
 
         if (self.folder / "zarr.json").exists():
             return zarr.open_group(self.folder, mode="r+", zarr_format=3)
-        group = zarr.create_group(self.folder)
+        group = zarr.create_group(self.folder, attributes={provenance.KEY: self.record.about})
         for name, dtype in _COLUMNS.items():
             group.create_array(
                 name,

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradcampp_ext.batch import provenance
 from gradcampp_ext.batch.decode import Chunk
 from gradcampp_ext.batch.engine import Options, by_picture
 from gradcampp_ext.batch.explaining import Explaining, Job, Local
 from gradcampp_ext.batch.items import length
 from gradcampp_ext.batch.progress import Progress
-from gradcampp_ext.batch.record import Record
+from gradcampp_ext.batch.record import SETTINGS, Record
 from gradcampp_ext.batch.sinks import FileSink, SeriesSink
 from gradcampp_ext.batch.writer import Writer
 
@@ -71,6 +72,7 @@ def run(
     options: Options | None = None,
     *,
     engine: Callable[[Job], Explaining] = Local,
+    command: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -87,6 +89,7 @@ def run(
         sinks: see `gradcampp_ext.batch.sinks`.
         options: what to explain and how; default `Options()`.
         engine: what explains: this process, or a `gradcampp_ext.batch.ray.Cluster`.
+        command: what the caller was asked for, to be kept in run.json.
         overwrite: remove an earlier run's outputs first.
         progress: is told what happens.
         stop: when set, the batch in flight is finished and the run ends.
@@ -110,9 +113,15 @@ def run(
     summary = tally.summary
     total = length(source)
     explaining = engine(Job(source.read, model, sinks, options, total))
-    settings = _settings(model, options, sinks)
-    record = Record(out, settings, rows=options.maps, overwrite=overwrite)
+    conditions = {
+        "batch_size": options.batch_size,
+        "command": command,
+        "environment": provenance.environment(options.device, explaining.threads),
+    }
+    decided = settings(model, options, sinks)
+    record = Record(out, decided, conditions, rows=options.maps, overwrite=overwrite)
     with record, progress:
+        tell_conditions(record, progress)
         chunks = chunks_of(source, record, options.batch_size, summary)
         with explaining.start(chunks) as explained:
             progress.started(total, len(record.done))
@@ -135,7 +144,7 @@ def run(
     return summary
 
 
-def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> dict[str, Any]:
+def settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> dict[str, Any]:
     """Everything that decides the outputs; a folder is continued with the same only."""
     decided: dict[str, Any] = {
         "model": model.spec,
@@ -154,6 +163,15 @@ def _settings(model: LoadedModel, options: Options, sinks: Sequence[Sink]) -> di
     for sink in sinks:
         decided |= sink.settings()
     return decided
+
+
+def tell_conditions(record: Record, progress: Progress) -> None:
+    """That a folder is continued under others than it was begun under."""
+    if record.conditions:
+        progress.noted(
+            f"going on under other conditions, so bits may differ; {SETTINGS} says from which row "
+            f"on: {'; '.join(record.conditions)}"
+        )
 
 
 def chunks_of(source: Source, record: Record, size: int, summary: Summary) -> Iterator[Chunk]:

@@ -42,6 +42,9 @@ class Progress:
     def started(self, total: int | None, done: int) -> None:
         """`total` pictures, if that is known, of which `done` were explained earlier."""
 
+    def noted(self, text: str) -> None:
+        """Something that whoever looks at the outputs should know."""
+
     def explained(self, rows: Sequence[Row]) -> None:
         """Rows of pictures that are recorded; `engine.by_picture` has them apart."""
 
@@ -86,6 +89,9 @@ class Lines(Progress):
         self._task = self._bar.add_task("explaining", total=total, completed=done, failed="")
         self._bar.start()
 
+    def noted(self, text: str) -> None:
+        print(printable(text), file=self._err)
+
     def explained(self, rows: Sequence[Row]) -> None:
         pictures = by_picture(rows)
         self._pace.explained += len(pictures)
@@ -122,7 +128,7 @@ class Lines(Progress):
 
 
 class JsonLines(Progress):
-    """JSON objects on `out`, one a line: started, progress (at most one a second), finished."""
+    """JSON objects on `out`, one a line: started, progress (at most one a second), finished, ..."""
 
     def __init__(self, out: IO[str] | None = None) -> None:
         self._out = out or sys.stdout
@@ -131,6 +137,9 @@ class JsonLines(Progress):
     def started(self, total: int | None, done: int) -> None:
         self._pace.started(total, done)
         self._write("started", total=total, resumed=done)
+
+    def noted(self, text: str) -> None:
+        self._write("note", text=text)
 
     def explained(self, rows: Sequence[Row]) -> None:
         self._pace.explained += len(by_picture(rows))

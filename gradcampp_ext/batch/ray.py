@@ -210,6 +210,8 @@ class ExplainBatch:
 class _Remote:
     """Explains chunks by the workers of the cluster that this process is connected to."""
 
+    threads = 1  # of a worker, which Ray gives one core
+
     def __init__(self, job: Job) -> None:
         options = job.options
         Explainer(job.model.model, options.layers or job.model.target_layer, options.method)

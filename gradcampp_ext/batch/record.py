@@ -23,6 +23,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from gradcampp_ext.batch.provenance import about, identity
+
 RESULTS, ERRORS, SETTINGS = "results.jsonl", "errors.jsonl", "run.json"
 RESULTS_TABLE, MAP_SETS = "results.parquet", ("maps.parquet", "maps.zarr")
 EVALUATION = "evaluation.json"  # comes last of what an evaluation ends with
@@ -47,17 +49,34 @@ class Record:
     Args:
         folder: made if it is missing.
         settings: whatever decides the outputs. A folder can be continued with equal ones only.
+        run: under which conditions: "batch_size", "command" and "environment", see
+            `gradcampp_ext.batch.pipeline.run`. A folder can be continued under others, except by
+            another version of this package: run.json lists all that rows were made under.
         rows: lines in results.jsonl per picture.
         overwrite: remove what an earlier run has written, and nothing else.
+
+    Attributes:
+        about: what outputs say of themselves.
+        conditions: how those of this run differ from those of the rows that are there.
 
     Raises:
         RecordError: another process writes there, or another run has written there.
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], *, rows: int = 1, overwrite: bool = False
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        run: Mapping[str, Any] | None = None,
+        *,
+        rows: int = 1,
+        overwrite: bool = False,
     ) -> None:
+        settings = json.loads(_line(settings))  # as run.json gives it back
+        run = {} if run is None else json.loads(_line(run))
         self.folder = folder
+        self.about = about(settings, run.get("environment", {}))
+        self.conditions: list[str] = []
         self.done: dict[str, str] = {}
         self.lines = 0  # rows that an earlier run has recorded
         self._rows = rows
@@ -76,7 +95,7 @@ class Record:
                     _remove_outputs(folder)
                 (folder / _PARTIAL).mkdir()
                 stack.callback(shutil.rmtree, folder / _PARTIAL, ignore_errors=True)
-                self._check(settings)
+                runs = self._check(settings, run)
                 self._read_results()
                 self._results = stack.enter_context(_open(folder / RESULTS, "ab"))
                 self._errors = stack.enter_context(_open(folder / ERRORS, "wb"))
@@ -84,6 +103,11 @@ class Record:
                 raise _explained(folder, error) from error
             self._open = stack.pop_all()
         self._names = {name.casefold() for name in self.done.values()}
+        self._new: bytes | None = None  # what run.json has to say before the next row
+        if runs[-1] != {"first_row": runs[-1]["first_row"], **run}:
+            earlier = [one for one in runs if one["first_row"] < self.lines]
+            self._new = _contents(settings, [*earlier, {"first_row": self.lines, **run}])
+            self.conditions = differences(_flat(runs[-1]), _flat(run)) if earlier else []
 
     def __enter__(self) -> Record:
         return self
@@ -146,7 +170,10 @@ class Record:
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Pictures whose files are in place: their rows, all of each picture."""
-        self._append(self._results, rows)
+        if self._new is not None and rows:
+            self.write(SETTINGS, self._new)
+            self._new = None
+        self._append(self._results, [{**row, "record": self.about["record"]} for row in rows])
 
     def fail(self, path: str, reason: str) -> None:
         """A picture that is skipped. The next run tries it again."""
@@ -156,9 +183,9 @@ class Record:
         with self.writing():
             write_all(file, b"".join(map(_line, rows)))
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
+    def _check(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The runs that filled the folder so far; this one where it is the first."""
         file = self.folder / SETTINGS
-        wanted = json.loads(_line(settings))
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -167,22 +194,24 @@ class Record:
                     f"{self.folder} holds a {RESULTS} without a {SETTINGS}, so it is not known "
                     "how it was made; choose another folder"
                 ) from None
-            self.write(SETTINGS, (json.dumps(wanted, indent=1) + "\n").encode())
-            return
+            new = [{"first_row": 0, **run}]
+            self.write(SETTINGS, _contents(settings, new))
+            return new
         except (ValueError, RecursionError) as error:
             raise RecordError(f"{file} is damaged: {error}; choose another folder") from error
-        if not isinstance(found, dict):
-            raise RecordError(f"{file} is damaged: not a JSON object; choose another folder")
-        differ = [
-            f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}"
-            for key in sorted({*found, *wanted})
-            if found.get(key) != wanted.get(key)
-        ]
+        try:
+            runs: list[dict[str, Any]] = found["runs"]
+            then = {**_version(runs[-1]), **found["settings"]}
+            _ = _flat(runs[-1]), [int(one["first_row"]) for one in runs]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise RecordError(f"{file} is damaged: {error!r}; choose another folder") from error
+        differ = differences(then, {**_version(run), **settings})
         if differ:
             raise RecordError(
                 f"{self.folder} holds the results of another run: {'; '.join(differ)}. Choose "
                 "another folder, or overwrite these results (--overwrite)"
             )
+        return runs
 
     def _read_results(self) -> None:
         """Takes up the finished pictures and cuts off what a kill left unfinished."""
@@ -259,6 +288,31 @@ def _digest(text: str) -> str:
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has become another value, in words."""
+    return [
+        f"{key} was {then.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+
+
+def whole_rows(file: Path) -> Iterator[Any]:
+    """Complete lines, one more of which a run may be writing; none if there is no file."""
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                yield parsed(line, file)
+
+
+def parsed(text: bytes, file: Path) -> Any:
+    """JSON of a file, or ValueError that names it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 def write_all(file: FileIO, content: bytes | memoryview) -> None:
     """To a file without a buffer, which on a full disk would fail once more when it is closed."""
     left = memoryview(content).cast("B")
@@ -275,6 +329,23 @@ def _read_rows(file: Path, start: int) -> Iterator[Any]:
 def _line(row: Mapping[str, Any]) -> bytes:
     """ASCII, so that file names that are not UTF-8 survive as escapes."""
     return (json.dumps(row, allow_nan=False) + "\n").encode("ascii")
+
+
+def _contents(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> bytes:
+    """Of run.json."""
+    found = {"record": identity(settings), "settings": settings, "runs": runs}
+    return (json.dumps(found, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def _version(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of this package: settings may mean something else to another one."""
+    return {"gradcampp_ext": run.get("environment", {}).get("gradcampp_ext")}
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
+    """All conditions of a run, by name."""
+    command, environment = run.get("command") or {}, run.get("environment") or {}
+    return {"batch_size": run.get("batch_size"), **command, **environment}
 
 
 def _explained(folder: Path, error: OSError) -> RecordError:

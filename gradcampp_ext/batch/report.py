@@ -28,7 +28,16 @@ from PIL import Image
 from gradcampp_ext import imaging
 from gradcampp_ext.batch.engine import variant
 from gradcampp_ext.batch.progress import printable
-from gradcampp_ext.batch.record import ERRORS, REPORT, RESULTS, SETTINGS, RecordError, inside
+from gradcampp_ext.batch.record import (
+    ERRORS,
+    REPORT,
+    RESULTS,
+    SETTINGS,
+    RecordError,
+    inside,
+    parsed,
+    whole_rows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +79,7 @@ class Thumbnails:
     def render(self, batch: Rendered) -> torch.Tensor:
         return batch.pictures.cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
         return _save(record, f"images/{name}", value, _THUMBNAIL, quality=85)
 
 
@@ -86,7 +95,7 @@ class GreyMaps:
     def render(self, batch: Rendered) -> torch.Tensor:
         return (batch.maps.clamp(0, 1) * 255).round().byte().cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
         return _save(record, f"maps/{name}", value, _MAP, quality=92)
 
 
@@ -202,24 +211,8 @@ def _write_data(folder: Path, data: Path) -> _Summary:
 
 def _pictures(folder: Path) -> Iterator[list[Row]]:
     """The rows of one picture after the other."""
-    for _, rows in itertools.groupby(_lines(folder / RESULTS), key=lambda row: row["path"]):
+    for _, rows in itertools.groupby(whole_rows(folder / RESULTS), key=lambda row: row["path"]):
         yield list(rows)
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    """Complete lines; a run may be writing one more."""
-    with file.open("rb") as lines:
-        for line in lines:
-            if line.endswith(b"\n"):
-                yield _parsed(line, file)
-
-
-def _parsed(text: bytes, file: Path) -> dict[str, Any]:
-    try:
-        parsed: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    return parsed
 
 
 def _learn(row: Row, figures: dict[str, int]) -> None:
@@ -411,7 +404,10 @@ def _grid(file: Path) -> Grid:
 
 
 def _render(folder: Path, summary: _Summary, title: str | None, sections: Mapping[str, str]) -> str:
-    settings = _settings(folder / SETTINGS)
+    record = _record(folder / SETTINGS)
+    settings = record.get("settings", {})
+    made_by = record.get("runs", [{}])[-1].get("environment", {})
+    made = {"record": record["record"], **made_by, **settings} if record else {}
     if title is None:
         named = ("model", "method", "command")
         title = " · ".join(str(settings[key]) for key in named if key in settings)
@@ -419,7 +415,7 @@ def _render(folder: Path, summary: _Summary, title: str | None, sections: Mappin
     failures, failed = _failures(folder / ERRORS)
     return template("index.html.j2").render(
         title=printable(title or "Explanations"),
-        settings={printable(key): printable(_plain(value)) for key, value in settings.items()},
+        made={printable(key): printable(_plain(value)) for key, value in made.items()},
         summary=summary,
         sections={printable(heading): text for heading, text in sections.items()},
         colormaps={name: _tables(name) for name in colormaps},
@@ -444,11 +440,12 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _record(file: Path) -> dict[str, Any]:
     try:
-        return _parsed(file.read_bytes(), file)
+        record: dict[str, Any] = parsed(file.read_bytes(), file)
     except FileNotFoundError:
         return {}
+    return record
 
 
 def _plain(value: Any) -> str:
@@ -457,9 +454,7 @@ def _plain(value: Any) -> str:
 
 def _failures(file: Path) -> tuple[list[tuple[str, str]], int]:
     """Path and reason of the first skipped pictures, and the number of all."""
-    if not file.exists():
-        return [], 0
-    lines = _lines(file)
+    lines = whole_rows(file)
     shown = [
         (printable(line["path"]), printable(line["reason"]))
         for line in itertools.islice(lines, _SHOWN)

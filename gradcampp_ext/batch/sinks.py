@@ -12,10 +12,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from gradcampp_ext import imaging
+from gradcampp_ext.batch.provenance import exif
 
 if TYPE_CHECKING:
     import torch
 
+    from gradcampp_ext.batch.engine import Row
     from gradcampp_ext.batch.record import Record
 
 OVERLAY_FORMATS = ("jpg", "png", "webp")
@@ -59,8 +61,10 @@ class FileSink(Protocol):
     def render(self, batch: Rendered) -> torch.Tensor:
         """[N, K, ...], or [N, ...] per picture, on the CPU; runs in the main thread."""
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
         """One of render's [n, k] or [n] to a file, complete on return; in background threads.
+
+        `row` is its row of results, or the picture's first one.
 
         Returns: its name, relative to the output folder.
         """
@@ -113,7 +117,7 @@ def draw(sinks: Sequence[Sink], batch: Rendered) -> Drawn:
 
 @dataclass(frozen=True)
 class Overlays:
-    """Pictures with the map over them, in overlays/NAME.FORMAT.
+    """Pictures with the map over them, in overlays/NAME.FORMAT; what made them is in their EXIF.
 
     Attributes:
         format: "jpg" (quality 92, full colour resolution), "png" or "webp".
@@ -153,14 +157,15 @@ class Overlays:
         )
         return drawn.reshape(n, k, height, width, 3).cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
         options: dict[str, dict[str, Any]] = {
             "jpg": {"format": "JPEG", "quality": 92, "subsampling": 0},
             "png": {"format": "PNG", "compress_level": 3},
             "webp": {"format": "WEBP", "quality": 92},
         }
         file = io.BytesIO()
-        Image.fromarray(value).save(file, **options[self.format])
+        told = exif(record.about, row)
+        Image.fromarray(value).save(file, **options[self.format], exif=told)
         path = f"overlays/{name}.{self.format}"
         record.write(path, file.getvalue())
         return path
@@ -187,7 +192,7 @@ class Maps:
     def render(self, batch: Rendered) -> torch.Tensor:
         return (batch.maps if self.size == "image" else batch.feature_maps).cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any]) -> str:
+    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
         file = io.BytesIO()
         np.save(file, value.astype(self.dtype), allow_pickle=False)
         path = f"maps/{name}.npy"

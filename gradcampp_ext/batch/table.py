@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradcampp_ext.batch.mapset import utf8
+from gradcampp_ext.batch.provenance import parquet
 from gradcampp_ext.batch.record import RESULTS_TABLE
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Table:
         first = next(rows, None)
         if first is None:
             return
-        schema = _schema(list(first["files"]))
+        schema = _schema(list(first["files"])).with_metadata(parquet(self._record.about))
         rows = itertools.chain([first], rows)
         partial = self._record.partial()
         with self._record.writing():
@@ -103,7 +104,9 @@ def _schema(files: list[str]) -> pa.Schema:
             "peak": pa.list_(pa.float64(), 2),
             "central_mass": pa.float64(),
             "entropy": pa.float64(),
+            "pixels_sha256": pa.string(),
             **{f"{name}_file": pa.string() for name in files},
+            "record": pa.string(),
         }.items()
     )
 

@@ -93,13 +93,16 @@ class Writer:
         written: list[_Written] = [(row, {}) for row in rows]
         for sink, values in zip(self._files, files, strict=True):
             if sink.per_picture:
-                future = self._pool.submit(sink.write, self._record, rows[0]["name"], values[n])
+                first = rows[0]
+                future = self._pool.submit(
+                    sink.write, self._record, first["name"], values[n], first
+                )
                 for _, futures in written:
                     futures[sink.column] = future
                 continue
-            for k, (name, (_, futures)) in enumerate(zip(_names(rows), written, strict=True)):
+            for k, (name, (row, futures)) in enumerate(zip(_names(rows), written, strict=True)):
                 futures[sink.column] = self._pool.submit(
-                    sink.write, self._record, name, values[n, k]
+                    sink.write, self._record, name, values[n, k], row
                 )
         return written
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gradcampp_ext import imaging
+from gradcampp_ext.batch import provenance
 from gradcampp_ext.batch.decode import Decoder
 from gradcampp_ext.evaluation.summary import layers_of
 
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 _TILE, _CAPTION, _GAP = 168, 34, 6  # pixels, of disagreements.jpg
 
 
-def draw(result: dict[str, Any]) -> dict[str, bytes]:
-    """PNG files by name, of all that the result has: bars, wins, curves, randomization."""
+def draw(result: dict[str, Any], told: Mapping[str, Any]) -> dict[str, bytes]:
+    """PNG files by name, of all that the result has: bars, wins, curves, randomization.
+
+    `told` is what they say of themselves, see `gradcampp_ext.batch.provenance.about`.
+    """
     figures = {"bars.png": _bars(result)}
     if len(result["settings"]["methods"]) > 1 and "wins" in result:
         figures["wins.png"] = _wins(result)
@@ -35,7 +39,7 @@ def draw(result: dict[str, Any]) -> dict[str, bytes]:
         figures["curves.png"] = _curves(result)
     if "randomization" in kinds:
         figures["randomization.png"] = _randomization(result)
-    return {name: _png(figure) for name, figure in figures.items()}
+    return {name: _png(figure, told) for name, figure in figures.items()}
 
 
 def disagreements(
@@ -43,6 +47,7 @@ def disagreements(
     source: Source,
     model: LoadedModel,
     evaluator: Evaluator,
+    told: Mapping[str, Any],
     *,
     count: int = 6,
 ) -> dict[str, bytes]:
@@ -88,7 +93,7 @@ def disagreements(
             sheet.paste(tile, (left, top))
             ink.text((left, top + _TILE + 2), _short(caption), fill="black", font=font)
     file = io.BytesIO()
-    sheet.save(file, "JPEG", quality=90)
+    sheet.save(file, "JPEG", quality=90, exif=provenance.exif(told))
     return {"disagreements.jpg": file.getvalue()}
 
 
@@ -225,7 +230,8 @@ def _of(result: dict[str, Any], layer: str, kind: str) -> Iterator[tuple[str, li
             yield curve["method"], curve["mean"]
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, told: Mapping[str, Any]) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    exif = provenance.exif(told)
+    figure.savefig(file, format="png", dpi=110, pil_kwargs={"exif": exif})
     return file.getvalue()

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gradcampp_ext.batch import provenance
 from gradcampp_ext.batch import report as batch_report
 from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
 from gradcampp_ext.batch.engine import by_picture
 from gradcampp_ext.batch.items import length
-from gradcampp_ext.batch.pipeline import Clock, Summary, Tally, chunks_of
+from gradcampp_ext.batch.pipeline import Clock, Summary, Tally, chunks_of, tell_conditions
 from gradcampp_ext.batch.progress import Progress
 from gradcampp_ext.batch.record import Record
 from gradcampp_ext.batch.sinks import draw
@@ -94,9 +97,15 @@ def run(
     decided = settings(model, options, boxes)
     sinks: list[FileSink] = batch_report.sinks() if pictures else []
     recorded = decided | {"report": pictures}
-    record = Record(out, recorded, rows=options.maps, overwrite=overwrite)
+    conditions = {
+        "batch_size": options.batch_size,
+        "command": None,
+        "environment": provenance.environment(options.device, torch.get_num_threads()),
+    }
+    record = Record(out, recorded, conditions, rows=options.maps, overwrite=overwrite)
     result = index = None
     with record, progress:
+        tell_conditions(record, progress)
         decoder = Decoder(source, model, model.recipe.size, needs_label=evaluator.by_label)
         chunks = chunks_of(source, record, options.batch_size, summary)
         pin = options.device.type == "cuda"
@@ -121,11 +130,15 @@ def run(
         summary.seconds, summary.shares = clock.shares()
         if not summary.interrupted and summary.resumed + summary.explained:
             taken = by_picture(record.rows())
-            result = summarize(taken, decided, evaluator.stages)
+            result = {
+                "record": record.about["record"],
+                "environment": conditions["environment"],
+                **summarize(taken, decided, evaluator.stages),
+            }
             made = files(result)
             if pictures:
-                made |= plots.draw(result)
-                made |= plots.disagreements(taken, source, model, evaluator)
+                made |= plots.draw(result, record.about)
+                made |= plots.disagreements(taken, source, model, evaluator, record.about)
             for name, content in made.items():
                 record.write(name, content)
             if pictures:

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gradcampp_ext import _native
 from gradcampp_ext.evaluation.measures import MEASURES, WINS
 from gradcampp_ext.metrics import confidence
 
@@ -51,10 +50,6 @@ def summarize(
         "labelled": len(labelled),
         "right": sum(labelled),
         "settings": settings,
-        "environment": {
-            "gradcampp_ext": _native.status().version,
-            "torch": str(torch.__version__),
-        },
         "interval": {
             "method": "percentile bootstrap over images",
             "confidence": CONFIDENCE,

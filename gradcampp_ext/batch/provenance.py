@@ -1,0 +1,95 @@
+"""What made an output: software, machine and settings, and how outputs say so.
+
+run.json is the record of a folder. Every output has the record's id; those that are likely to be
+found alone (overlays, data sets) also say the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from PIL.ExifTags import Base
+
+from gradcampp_ext import _native
+
+if TYPE_CHECKING:
+    from gradcampp_ext.batch.engine import Row
+
+KEY = "gradcampp_ext"  # under which the metadata of data sets have it
+_OF_THE_MAP = ("method", "layer", "rank", "target", "target_name", "pixels_sha256")
+
+
+def environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """Whatever may change the bits of outputs besides the settings: versions and machine.
+
+    Args:
+        threads: that explain on a CPU.
+    """
+    status = _native.status()
+    found = {
+        "gradcampp_ext": status.version,
+        "commit": status.commit,
+        "torch": status.torch,
+        "numpy": metadata.version("numpy"),
+        "pillow": metadata.version("pillow"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "instruction_set": status.cpu_capability,
+        "threads": threads,
+        "device": device.type,
+    }
+    if device.type == "cuda" and torch.cuda.is_available():  # not so on the driver of a cluster
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()
+    return found
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """The id of a record: the beginning of the SHA-256 of its settings."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def about(settings: Mapping[str, Any], made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What an output says of itself: id of the record, software, and all settings."""
+    software = {name: made_by.get(name) for name in ("gradcampp_ext", "commit", "torch", "device")}
+    return {"record": identity(settings), **software, **settings}
+
+
+def parquet(told: Mapping[str, Any]) -> dict[str, str]:
+    """The same as metadata of a Parquet file, as JSON under `KEY`."""
+    return {KEY: json.dumps(told)}
+
+
+def exif(told: Mapping[str, Any], row: Row | None = None) -> Image.Exif:
+    """The metadata of a picture: Software, and ImageDescription, which is JSON.
+
+    Args:
+        told: of `about`.
+        row: of results, of a picture of one map, which then is described under "map".
+    """
+    if row is not None:
+        told = {**told, "map": {name: row[name] for name in _OF_THE_MAP if name in row}}
+    found = Image.Exif()
+    found[Base.Software] = f"gradcampp_ext {told['gradcampp_ext']}, commit {told['commit']}"
+    found[Base.ImageDescription] = json.dumps(told)
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
