@@ -52,10 +52,9 @@ def model_files(data: bytes, folder: Path) -> str:
 
 def results(data: bytes, folder: Path) -> str:
     out = folder / "results"
-    (out / "report" / "images").mkdir(parents=True, exist_ok=True)
-    (out / "report" / "images" / "a.jpg").write_bytes(test_fuzz.PNG)
-    (out / "run.json").write_bytes(b'{"a": 1}')
-    return fuzzing.read_results(out, "results.jsonl", data)
+    test_fuzz.fill(out)
+    names = test_fuzz.RESULTS
+    return fuzzing.read_results(out, names[len(data) % 3], data)
 
 
 def specs(data: bytes, folder: Path) -> str:
@@ -119,7 +118,7 @@ SEEDS = {
     "model_files": [
         b for s in (".txt", ".json", ".pth", ".safetensors") for b in test_fuzz.SEEDS[s]
     ],
-    "results": test_fuzz.SEEDS["results.jsonl"],
+    "results": [b for s in test_fuzz.RESULTS for b in test_fuzz.SEEDS[s]],
     "specs": [
         b"demo\nnone",
         b"timm:resnet18.a2\nno.pth",

@@ -26,9 +26,10 @@ from PIL import Image
 
 import gradcampp_ext as gx
 from gradcampp_ext import arrays, batch, models, reference
-from gradcampp_ext.batch import report
+from gradcampp_ext.batch import reproduce
 from gradcampp_ext.batch.record import Record, RecordError
 from gradcampp_ext.batch.sources import read_labels
+from gradcampp_ext.evaluation import report as evaluation_report
 from gradcampp_ext.evaluation.boxes import read_boxes
 from gradcampp_ext.imaging import ImageError
 from gradcampp_ext.models import Classes, ModelError
@@ -234,17 +235,26 @@ def read_model_file(folder: Path, name: str, content: bytes) -> str:
 
 
 def read_results(folder: Path, name: str, content: bytes) -> str:
-    """A folder of results, or what looks like one: its report, and a run that goes on in it."""
+    """A folder of results, or what looks like one: report, reproduction, a run that goes on in it.
+
+    Its settings are {"a": 1}.
+    """
     (folder / name).write_bytes(content)
     ends = []
+    run = {"environment": {"gradcampp_ext": "0.1"}}
     try:
-        report.build(folder)
+        evaluation_report.build(folder)
     except (ValueError, RecordError) as error:
         ends.append(own(error, ValueError, RecordError))
     try:
-        with Record(folder, {"a": 1}):
+        record = reproduce.read(folder)
+        list(record.pictures()), record.failures()
+    except ValueError as error:
+        ends.append(own(error, ValueError, reproduce.ReproduceError))
+    try:
+        with Record(folder, {"a": 1}, run):
             pass
-        with Record(folder, {"a": 1}, overwrite=True):
+        with Record(folder, {"a": 1}, run, overwrite=True):
             pass
     except RecordError as error:
         ends.append(own(error, RecordError))

@@ -23,12 +23,13 @@ import fuzzing
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from samples import LAYOUTS, arrange
 from typer.testing import CliRunner
 
 from gradcampp_ext import methods
+from gradcampp_ext.batch import provenance
 from gradcampp_ext.cli import app
 
 pytest.importorskip("pyarrow")
@@ -43,7 +44,7 @@ def cases(few: int) -> Any:
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )
 
 
@@ -301,6 +302,44 @@ ROW = {
 }  # fmt: skip
 
 
+def run_file() -> bytes:
+    settings = {"a": 1}
+    run = {
+        "first_row": 0,
+        "batch_size": 8,
+        "command": {"paths": ["a.png"], "model": "demo"},
+        "environment": {"gradcampp_ext": "0.1", "threads": 2},
+    }
+    record = {"record": provenance.identity(settings), "settings": settings, "runs": [run]}
+    return json.dumps(record).encode()
+
+
+def evaluation_file() -> bytes:
+    measure = {"method": "gradcam++", "measure": "drop", "mean": 0.5, "low": 0.4, "high": 0.6}
+    result = {
+        "images": 9,
+        "interval": {"confidence": 0.95},
+        "settings": {"methods": ["gradcam++", "gradcam"], "layers": ["l"]},
+        "summary": [
+            {"layer": "l", **measure},
+            {"layer": "l", **measure, "method": "gradcam"},
+        ],
+        "definitions": {
+            "drop": {
+                "title": "Drop %",
+                "unit": "%",
+                "better": "lower",
+                "definition": "d",
+                "source": "s",
+            }
+        },
+        "wins": [
+            {"layer": "l", "methods": ["gradcam++", "gradcam"], "percent": [[None, 50], [50, None]]}
+        ],
+    }
+    return json.dumps(result).encode()
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Good files, by suffix, that cases are made from."""
     members = {"0.png": PNG, "0.cls": b"1", "1.png": PNG, "1.json": b'{"label": "cat"}'}
@@ -320,7 +359,8 @@ def seeds() -> dict[str, list[bytes]]:
         ".pth": [saved_weights()],
         ".safetensors": [b'8\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}1'],
         "results.jsonl": [json.dumps(ROW).encode() + b"\n"],
-        "run.json": [b'{"a": 1}', b"{}"],
+        "run.json": [run_file()],
+        "evaluation.json": [evaluation_file()],
     }
 
 
@@ -400,6 +440,9 @@ def rows(draw: Any) -> tuple[str, bytes]:
 
 @cases(150)
 @given(file=damaged([".csv", ".jsonl", ".parquet", ".tar", ".tar.gz"]) | rows())
+@example(file=(".tar.gz", SEEDS[".tar.gz"][0][:-9]))
+@example(file=(".tar.gz", SEEDS[".tar"][0]))
+@example(file=(".parquet", SEEDS[".parquet"][0][:-5]))
 def test_lists_of_pictures(tally, folder, file):
     tally.add(fuzzing.read_source(folder, f"source{file[0]}", file[1]))
 
@@ -412,6 +455,9 @@ def test_lists_of_classes_and_boxes(tally, folder, file):
 
 @cases(60)
 @given(file=damaged([".txt", ".json", ".pth", ".safetensors"]))
+@example(file=(".pth", SEEDS[".tar"][0]))
+@example(file=(".safetensors", SEEDS[".pth"][0]))
+@example(file=(".json", b"[" * 100_000))
 def test_class_names_and_weights(tally, folder, file):
     pytest.importorskip("safetensors")
     tally.add(fuzzing.read_model_file(folder, f"file{file[0]}", file[1]))
@@ -423,16 +469,29 @@ def results(draw: Any) -> tuple[str, bytes]:
     return "results.jsonl", json.dumps(row).encode() + b"\n"
 
 
+RESULTS = ["results.jsonl", "run.json", "evaluation.json"]
+
+
+def fill(out: Path) -> None:
+    """A folder of results with one picture."""
+    for name in ("images", "maps"):
+        (out / "report" / name).mkdir(parents=True, exist_ok=True)
+        (out / "report" / name / "a.jpg").write_bytes(PNG)
+    for name in RESULTS:
+        (out / name).write_bytes(SEEDS[name][0])
+
+
 @cases(60)
-@given(file=damaged(["results.jsonl", "run.json"]) | results())
+@given(file=damaged(RESULTS) | results())
+@example(file=("run.json", b'{"a": 1}'))
+@example(file=("run.json", b"[]"))
+@example(file=("evaluation.json", b"[" * 100_000))
+@example(file=("evaluation.json", b"{}"))
 def test_folders_of_results(tally, folder, file):
     name, content = file
     out = folder / "results"
     shutil.rmtree(out, ignore_errors=True)
-    (out / "report" / "images").mkdir(parents=True)
-    (out / "report" / "images" / "a.jpg").write_bytes(PNG)
-    for other in ("results.jsonl", "run.json"):
-        (out / other).write_bytes(SEEDS[other][0])
+    fill(out)
     before = fuzzing.tree(folder)
     tally.add(fuzzing.read_results(out, name, content))
     outside = {path: old for path, old in before.items() if not path.startswith(f"{out}/")}

@@ -185,9 +185,8 @@ class Record:
 
     def _check(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The runs that filled the folder so far; this one where it is the first."""
-        file = self.folder / SETTINGS
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_settings(self.folder)
         except FileNotFoundError:
             if (self.folder / RESULTS).exists():
                 raise RecordError(
@@ -197,14 +196,10 @@ class Record:
             new = [{"first_row": 0, **run}]
             self.write(SETTINGS, _contents(settings, new))
             return new
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"{file} is damaged: {error}; choose another folder") from error
-        try:
-            runs: list[dict[str, Any]] = found["runs"]
-            then = {**_version(runs[-1]), **found["settings"]}
-            _ = _flat(runs[-1]), [int(one["first_row"]) for one in runs]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise RecordError(f"{file} is damaged: {error!r}; choose another folder") from error
+        except ValueError as error:
+            raise RecordError(str(error)) from error
+        runs: list[dict[str, Any]] = found["runs"]
+        then = {**_version(runs[-1]), **found["settings"]}
         differ = differences(then, {**_version(run), **settings})
         if differ:
             raise RecordError(
@@ -311,6 +306,23 @@ def parsed(text: bytes, file: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What run.json says: "record", "settings" and "runs".
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not what a run writes.
+    """
+    file = folder / SETTINGS
+    found = parsed(file.read_bytes(), file)
+    try:
+        _ = str(found["record"]), {**found["settings"]}, found["runs"][-1]
+        _ = [(int(one["first_row"]), _flat(one)) for one in found["runs"]]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    return dict(found)
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:

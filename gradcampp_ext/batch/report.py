@@ -32,10 +32,9 @@ from gradcampp_ext.batch.record import (
     ERRORS,
     REPORT,
     RESULTS,
-    SETTINGS,
     RecordError,
     inside,
-    parsed,
+    read_settings,
     whole_rows,
 )
 
@@ -404,10 +403,7 @@ def _grid(file: Path) -> Grid:
 
 
 def _render(folder: Path, summary: _Summary, title: str | None, sections: Mapping[str, str]) -> str:
-    record = _record(folder / SETTINGS)
-    settings = record.get("settings", {})
-    made_by = record.get("runs", [{}])[-1].get("environment", {})
-    made = {"record": record["record"], **made_by, **settings} if record else {}
+    settings, made = _made(folder)
     if title is None:
         named = ("model", "method", "command")
         title = " · ".join(str(settings[key]) for key in named if key in settings)
@@ -440,12 +436,14 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _record(file: Path) -> dict[str, Any]:
+def _made(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a run, and all that made its outputs; nothing where nothing is known."""
     try:
-        record: dict[str, Any] = parsed(file.read_bytes(), file)
+        found = read_settings(folder)
     except FileNotFoundError:
-        return {}
-    return record
+        return {}, {}
+    made_by = found["runs"][-1].get("environment") or {}
+    return found["settings"], {"record": found["record"], **made_by, **found["settings"]}
 
 
 def _plain(value: Any) -> str:

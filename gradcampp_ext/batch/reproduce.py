@@ -27,6 +27,7 @@ from gradcampp_ext.batch.record import (
     RESULTS_TABLE,
     SETTINGS,
     differences,
+    read_settings,
     whole_rows,
 )
 
@@ -117,8 +118,8 @@ def read(named: Path) -> Recorded:
     folder = named.parent if named.is_file() else named
     file = folder / SETTINGS
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        recorded = Recorded(folder, dict(found["settings"]), list(found["runs"]))
+        found = read_settings(folder)
+        recorded = Recorded(folder, found["settings"], found["runs"])
         edited = provenance.identity(recorded.settings) != found["record"]
         by_program = recorded.runs[-1]["command"] is None
         _ = by_program or recorded.asked

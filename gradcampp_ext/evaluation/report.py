@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 
+from jinja2 import TemplateError
 from markupsafe import Markup
 
 from gradcampp_ext.batch import report
-from gradcampp_ext.batch.record import EVALUATION
-from gradcampp_ext.evaluation.summary import layers_of, table, wins_table
+from gradcampp_ext.batch.record import EVALUATION, parsed
+from gradcampp_ext.evaluation.summary import Result, layers_of, table, wins_table
 
 _PLOTS = {  # of wins there is a table
     "bars.png": "Means with intervals",
@@ -18,6 +18,8 @@ _PLOTS = {  # of wins there is a table
     "randomization.png": "Maps of networks that lose their weights",
     "disagreements.jpg": "The images on which maps differ most in what they keep",
 }
+
+_DAMAGE = ValueError, LookupError, TypeError, AttributeError, StopIteration, TemplateError
 
 
 def build(folder: Path, *, title: str | None = None) -> Path:
@@ -32,17 +34,21 @@ def build(folder: Path, *, title: str | None = None) -> Path:
 
     Returns: the page to open.
 
-    Raises: what `gradcampp_ext.batch.report.build` raises.
+    Raises: what `gradcampp_ext.batch.report.build` raises; ValueError: evaluation.json is damaged.
     """
     sections = {}
-    if (folder / EVALUATION).is_file():
-        sections["Scores"] = _scores(folder)
+    file = folder / EVALUATION
+    if file.is_file():
+        result = parsed(file.read_bytes(), file)
+        try:
+            sections["Scores"] = _scores(result)
+        except _DAMAGE as error:
+            raise ValueError(f"{file} is damaged: {error!r}") from error
         sections["Plots"] = _plots(folder)
     return report.build(folder, title=title, sections=sections)
 
 
-def _scores(folder: Path) -> Markup:
-    result = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+def _scores(result: Result) -> Markup:
     tables = {}
     for layer in layers_of(result):
         tables[layer] = [table(result, layer)]
