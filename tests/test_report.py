@@ -308,13 +308,13 @@ def test_other_results_do_not_keep_an_old_report(tmp_path):
 
 def test_command_line(tmp_path, monkeypatch):
     write_pictures(tmp_path / "in", 2)
-    (tmp_path / "small.py").write_text(
+    (tmp_path / "shown.py").write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_report import make_model as net\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    common = ["explain", "in", "--model", "small:net", "--workers", "0", "--out", "out"]
+    common = ["explain", "in", "--model", "shown:net", "--workers", "0", "--out", "out"]
     result = CliRunner().invoke(app, [*common, "--report"])
     assert result.exit_code == 0, result.output
     assert "look at out/report/index.html" in result.stderr
