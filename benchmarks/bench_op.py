@@ -140,6 +140,8 @@ def cuda_cases() -> list[Case]:
         Case("resnet50.layer1", 8, f32, channels_last),
         Case("efficientnet_lite0.block", 32, bf16, contiguous),
         Case("resnet50.layer2", 128, bf16, contiguous),
+        Case("resnet50.layer4", 32, f32, contiguous, targets=10),
+        Case("resnet50.layer3", 64, bf16, contiguous, targets=10),
     ]
 
 

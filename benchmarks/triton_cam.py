@@ -21,7 +21,7 @@ PIXELS = 1024
 def add_channels(
     a_start,
     g_start,
-    maps,  # [samples, positions], zero
+    maps,  # [rows, positions], zero
     channels,
     per_program,
     width,
@@ -33,11 +33,12 @@ def add_channels(
     g_channel,
     g_row,
     g_column,
+    targets,  # of each sample
     positions: tl.constexpr,
     at_once: tl.constexpr,
     padded: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)  # a sample and target
     p = tl.arange(0, padded)[None, :]
     inside = p < positions
     y, x = p // width, p % width
@@ -46,8 +47,8 @@ def add_channels(
     for start in range(first, tl.minimum(first + per_program, channels), at_once):
         c = (start + tl.arange(0, at_once))[:, None].to(tl.int64)
         mask = inside & (c < channels)
-        a_at = a_start + sample * a_sample + c * a_channel + y * a_row + x * a_column
-        g_at = g_start + sample * g_sample + c * g_channel + y * g_row + x * g_column
+        a_at = a_start + row // targets * a_sample + c * a_channel + y * a_row + x * a_column
+        g_at = g_start + row * g_sample + c * g_channel + y * g_row + x * g_column
         a = tl.load(a_at, mask, 0).to(tl.float32)
         g = tl.load(g_at, mask, 0).to(tl.float32)
         a = tl.maximum(a, 0)
@@ -55,13 +56,13 @@ def add_channels(
         weight = tl.sum(tl.where(g > 0, g / (2 + total * g), 0), 1)[:, None]
         map_part += tl.sum(weight * a, 0)
     out = tl.arange(0, padded)
-    tl.atomic_add(maps + sample * positions + out, map_part, out < positions)
+    tl.atomic_add(maps + row * positions + out, map_part, out < positions)
 
 
 @triton.jit
 def normalise_and_resize(
-    maps,  # [samples, positions]
-    output,  # [samples, out_height, out_width]
+    maps,  # [rows, positions]
+    output,  # [rows, out_height, out_width]
     height,
     width,
     out_height,
@@ -70,8 +71,8 @@ def normalise_and_resize(
     padded: tl.constexpr,
     pixels: tl.constexpr,
 ):
-    sample = tl.program_id(1).to(tl.int64)
-    maps += sample * positions
+    row = tl.program_id(1).to(tl.int64)
+    maps += row * positions
     p = tl.arange(0, padded)
     cells = tl.maximum(tl.load(maps + p, p < positions, 0), 0)
     high = tl.max(cells, 0)
@@ -94,19 +95,24 @@ def normalise_and_resize(
     above = top_left + from_left * (top_right - top_left)
     below = bottom_left + from_left * (bottom_right - bottom_left)
     value = above + from_top * (below - above)
-    tl.store(output + sample * out_height * out_width + pixel, (value - low) / spread, inside)
+    tl.store(output + row * out_height * out_width + pixel, (value - low) / spread, inside)
 
 
 def cam(a: Tensor, g: Tensor, size: tuple[int, int], processors: int) -> Tensor:
-    """Grad-CAM++ maps, rectified, min-max, bilinear: [N, *size] from two [N, C, H, W]."""
-    samples, channels, height, width = a.shape
-    positions = height * width
+    """Grad-CAM++ maps, rectified, min-max, bilinear.
+
+    [N, *size] from two [N, C, H, W], or [N, K, *size] from g [N, K, C, H, W].
+    """
+    channels, height, width = a.shape[1:]
+    leading = g.shape[:-3]
+    g = g.flatten(0, -4)
+    rows, positions = g.shape[0], height * width
     padded = triton.next_power_of_2(positions)
     at_once = max(1, TILE // padded)
-    programs = max(1, min(triton.cdiv(channels, at_once), 4 * processors // samples))
+    programs = max(1, min(triton.cdiv(channels, at_once), 4 * processors // rows))
     per_program = triton.cdiv(triton.cdiv(channels, programs), at_once) * at_once
-    maps = a.new_zeros((samples, positions), dtype=torch.float32)
-    add_channels[(triton.cdiv(channels, per_program), samples)](
+    maps = a.new_zeros((rows, positions), dtype=torch.float32)
+    add_channels[(triton.cdiv(channels, per_program), rows)](
         a,
         g,
         maps,
@@ -115,13 +121,14 @@ def cam(a: Tensor, g: Tensor, size: tuple[int, int], processors: int) -> Tensor:
         width,
         *a.stride(),
         *g.stride(),
+        rows // a.shape[0],
         positions=positions,
         at_once=at_once,
         padded=padded,
         num_warps=8,
     )
-    output = a.new_empty((samples, *size), dtype=torch.float32)
-    normalise_and_resize[(triton.cdiv(size[0] * size[1], PIXELS), samples)](
+    output = a.new_empty((rows, *size), dtype=torch.float32)
+    normalise_and_resize[(triton.cdiv(size[0] * size[1], PIXELS), rows)](
         maps,
         output,
         height,
@@ -131,4 +138,4 @@ def cam(a: Tensor, g: Tensor, size: tuple[int, int], processors: int) -> Tensor:
         padded=padded,
         pixels=PIXELS,
     )
-    return output
+    return output.unflatten(0, leading)

@@ -217,7 +217,7 @@ def read_annotations(folder: Path, name: str, content: bytes) -> str:
         read_boxes(file, CLASSES)
     except ValueError as error:
         ends.append(own(error, batch.SourceError))
-    return ends[-1] if ends else "ok"
+    return ends[-1] if len(ends) == 2 else "ok"
 
 
 def read_model_file(folder: Path, name: str, content: bytes) -> str:
