@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 dtype, error = value
                 worst[dtype] = max(worst.get(dtype, 0.0), error)
             if name == "figures":
-                terminalreporter.write_line(value)
+                terminalreporter.write_line(str(value))
     if worst:
         errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
         terminalreporter.write_line(f"worst relative L2 error of a raw map: {errors}")

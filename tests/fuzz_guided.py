@@ -143,7 +143,7 @@ def main() -> None:
     work = folder / "work"
     work.mkdir()
     os.chdir(work)
-    atexit.register(lambda: print(tally.told(), flush=True))
+    atexit.register(lambda: print(tally, flush=True))
 
     def one(data: bytes) -> None:
         with contextlib.redirect_stdout(None):

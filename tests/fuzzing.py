@@ -44,29 +44,28 @@ class Tally:
 
     def __init__(self, name: str) -> None:
         self.name, self.ends = name, Counter[str]()
-        self._start = time.perf_counter()
+        self._start, self.seconds = time.perf_counter(), 0.0
 
     def add(self, end: str) -> None:
         self.ends[_kind(end)] += 1
+        self.seconds = time.perf_counter() - self._start
 
     def __str__(self) -> str:
-        seconds = time.perf_counter() - self._start
+        """With the distinct errors, for a look at whether each is clear."""
         errors = len(self.ends) - ("ok" in self.ends)
-        return (
-            f"{self.name}: {self.ends.total()} cases in {seconds:.0f} s, "
-            f"{self.ends['ok']} without an error, {errors} distinct errors"
+        return "\n".join(
+            [
+                f"{self.name}: {self.ends.total()} cases in {self.seconds:.0f} s, "
+                f"{self.ends['ok']} without an error, {errors} distinct errors",
+                *(f"  {count:6} {end}" for end, count in self.ends.most_common()),
+            ]
         )
-
-    def told(self) -> str:
-        """The distinct errors too, for a look at whether each is clear."""
-        lines = (f"  {count:6} {end}" for end, count in self.ends.most_common())
-        return "\n".join([str(self), *lines])
 
 
 def _kind(message: str) -> str:
     """A message without its values."""
     message = re.sub(r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|\([^)]*\)|\S*/\S*", "…", message)
-    return re.sub(r"\d+(\.\d+)?", "…", message)[:110]
+    return " ".join(re.sub(r"\d+(\.\d+)?", "…", message).split())[:110]
 
 
 def own(error: BaseException, *kinds: type[BaseException]) -> str:

@@ -15,7 +15,6 @@ import string
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,11 @@ def cases(few: int) -> Any:
 
 
 @pytest.fixture
-def tally(request) -> Iterator[fuzzing.Tally]:
+def tally(request) -> fuzzing.Tally:
     counted = fuzzing.Tally(request.node.name.removeprefix("test_"))
-    yield counted
-    if fuzzing.CASES:
-        request.node.user_properties.append(("figures", counted.told()))
+    if fuzzing.CASES:  # as it stands when all tests have run
+        request.node.user_properties.append(("figures", counted))
+    return counted
 
 
 @pytest.fixture(scope="module")
