@@ -168,6 +168,29 @@ def test_an_actor_a_gpu_and_decoding_tasks(tmp_path, pictures, cluster):
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+class Encoding(batch.Maps):
+    """Says which process encodes a file; refuses those of the picture that it is told."""
+
+    def encode(self, value, row, about) -> bytes:
+        if row["name"] == "007":
+            raise ValueError("007 cannot be encoded")
+        return f"{os.getpid()} {about['record']} {row['name']}".encode()
+
+
+@pytest.mark.parametrize("engine", ["actors", "tasks"])
+def test_files_are_encoded_by_the_workers(tmp_path, cluster, engine):
+    engine = cluster if engine == "actors" else OnGpu()
+    out = tmp_path / "out"
+    files, options = write_pictures(tmp_path / "in", 8), batch.Options(batch_size=4, workers=2)
+    with pytest.raises(ValueError, match="007 cannot be encoded"):
+        batch.run(batch.Files(files), make_model(), out, [Encoding()], options, engine=engine)
+    batch.run(batch.Files(files[:7]), make_model(), out, [Encoding()], options, engine=engine)
+    made = [(out / row["files"]["map"]).read_text().split() for row in lines(out / "results.jsonl")]
+    assert [name for _, _, name in made] == [f"00{n}" for n in range(7)]
+    assert {record for _, record, _ in made} == {lines(out / "results.jsonl")[0]["record"]}
+    assert str(os.getpid()) not in {process for process, _, _ in made}
+
+
 def test_a_picture_that_kills_its_worker_is_named(tmp_path, cluster, monkeypatch):
     monkeypatch.setattr(ours, "_TRIES", 1)
     paths = write_pictures(tmp_path / "in", 8)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +40,7 @@ class Job:
         read: the source's.
         model, sinks, options: the run's.
         total: pictures in the source; None if it is not known.
+        about: what outputs say of themselves.
     """
 
     read: Callable[[Item], Image.Image]
@@ -47,6 +48,7 @@ class Job:
     sinks: Sequence[Sink]
     options: Options
     total: int | None
+    about: Mapping[str, Any]
 
     @property
     def batches(self) -> int | None:

@@ -112,13 +112,14 @@ def run(
     tally = Tally(progress)
     summary = tally.summary
     total = length(source)
-    explaining = engine(Job(source.read, model, sinks, options, total))
+    decided = settings(model, options, sinks)
+    about = provenance.about(decided, provenance.software(options.device))
+    explaining = engine(Job(source.read, model, sinks, options, total, about))
     conditions = {
         "batch_size": options.batch_size,
         "command": command,
         "environment": provenance.environment(options.device, explaining.threads),
     }
-    decided = settings(model, options, sinks)
     record = Record(out, decided, conditions, rows=options.maps, overwrite=overwrite)
     with record, progress:
         tell_conditions(record, progress)

@@ -27,6 +27,17 @@ KEY = "gradcampp_ext"  # under which the metadata of data sets have it
 _OF_THE_MAP = ("method", "layer", "rank", "target", "target_name", "pixels_sha256")
 
 
+def software(device: torch.device) -> dict[str, Any]:
+    """What outputs say of the software, and of the device, that made them."""
+    status = _native.status()
+    return {
+        "gradcampp_ext": status.version,
+        "commit": status.commit,
+        "torch": status.torch,
+        "device": torch.cuda.get_device_name(device) if _usable(device) else device.type,
+    }
+
+
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """Whatever may change the bits of outputs besides the settings: versions and machine.
 
@@ -35,9 +46,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """
     status = _native.status()
     found = {
-        "gradcampp_ext": status.version,
-        "commit": status.commit,
-        "torch": status.torch,
+        **software(device),
         "numpy": metadata.version("numpy"),
         "pillow": metadata.version("pillow"),
         "python": platform.python_version(),
@@ -45,10 +54,8 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "cpu": _cpu(),
         "instruction_set": status.cpu_capability,
         "threads": threads,
-        "device": device.type,
     }
-    if device.type == "cuda" and torch.cuda.is_available():  # not so on the driver of a cluster
-        found["device"] = torch.cuda.get_device_name(device)
+    if _usable(device):
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()
     return found
@@ -62,8 +69,8 @@ def identity(settings: Mapping[str, Any]) -> str:
 
 def about(settings: Mapping[str, Any], made_by: Mapping[str, Any]) -> dict[str, Any]:
     """What an output says of itself: id of the record, software, and all settings."""
-    software = {name: made_by.get(name) for name in ("gradcampp_ext", "commit", "torch", "device")}
-    return {"record": identity(settings), **software, **settings}
+    named = {name: made_by.get(name) for name in ("gradcampp_ext", "commit", "torch", "device")}
+    return {"record": identity(settings), **named, **settings}
 
 
 def parquet(told: Mapping[str, Any]) -> dict[str, str]:
@@ -84,6 +91,11 @@ def exif(told: Mapping[str, Any], row: Row | None = None) -> Image.Exif:
     found[Base.Software] = f"gradcampp_ext {told['gradcampp_ext']}, commit {told['commit']}"
     found[Base.ImageDescription] = json.dumps(told)
     return found
+
+
+def _usable(device: torch.device) -> bool:
+    """A GPU of this process, and not one that the workers of a cluster have."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def _cpu() -> str:

@@ -3,9 +3,11 @@
 `batch.run(source, model, out, sinks, options, engine=cluster)` inside `with Cluster() as cluster:`.
 
 The driver lists the source, skips what is done, and writes; its chunks go one by one through a Ray
-Data set to the workers, and come back explained in the order of the source:
+Data set to the workers, and come back explained in the order of the source. On GPUs tasks on the
+cores decode and encode; on CPUs the actors do:
 
-    driver -> feed -> read (one task) -> [decode (tasks)] -> explain (an actor a device) -> driver
+    driver -> feed -> read (one task)
+           -> decode (tasks) -> explain (an actor a device) -> encode (tasks) -> driver
 
 `ExplainBatch` explains in a Ray Data pipeline of one's own.
 """
@@ -24,7 +26,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +41,7 @@ from gradcampp_ext.batch.engine import Engine, EngineError, Options
 from gradcampp_ext.batch.explaining import Done, Explain, Job
 from gradcampp_ext.batch.items import LABEL_COLUMNS, Item
 from gradcampp_ext.batch.memory import keep_freed_memory
+from gradcampp_ext.batch.sinks import encode
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
 from gradcampp_ext.imaging import ImageError, read
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from gradcampp_ext.batch.decode import Batch, Chunk
+    from gradcampp_ext.batch.sinks import Sink
     from gradcampp_ext.models import LoadedModel
 
 _TRIES = 4  # of a batch whose worker dies, which Ray would try for ever
@@ -160,7 +164,7 @@ class ExplainBatch:
         keep_freed_memory()
         options.setdefault("device", _device_of_worker())
         loaded = models.load(model, weights=weights) if isinstance(model, str) else model
-        job = Job(_opened, loaded, [], Options(**options), None)
+        job = Job(_opened, loaded, [], Options(**options), None, {})
         self._decoder, self._engine = job.decoder(), Engine(loaded, job.options)
         self._whole = maps == "image"
         self._shape = (job.options.maps, *(job.options.size or loaded.recipe.size))
@@ -271,6 +275,13 @@ class _Remote:
             num_cpus=0 if self._gpus else 1,
             num_gpus=1 if self._gpus else 0,
         )
+        if self._decoders:
+            data = data.map_batches(
+                functools.partial(_encode, job=self._job),
+                batch_size=1,
+                num_cpus=1,
+                concurrency=self._decoders,
+            )
         return iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
 
     def _done(self, chunks: Iterator[Chunk], feed: Any, results: Any) -> Iterator[Done]:
@@ -363,11 +374,14 @@ class _Worker:
         self._idle = time.perf_counter()
 
     def __call__(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
-        if "chunk" in batch:
+        alone = "chunk" in batch
+        if alone:
             batch = _decode(batch, self._ref, self._feed)
         done = pickle.loads(batch["decoded"][0])
         if not isinstance(done, Exception):
             done = self._explained(done)
+        if alone:
+            done = _encoded(done, self._ref)
         self._idle = time.perf_counter()
         return {"done": [pickle.dumps(done, pickle.HIGHEST_PROTOCOL)]}
 
@@ -397,6 +411,28 @@ def _decode(batch: Mapping[str, npt.NDArray[Any]], job: Any, feed: Any) -> dict[
     except _EXPECTED as error:
         decoded = error
     return {"decoded": [pickle.dumps(decoded, pickle.HIGHEST_PROTOCOL)]}
+
+
+def _encode(batch: Mapping[str, Any], job: Any) -> dict[str, Any]:
+    done = _encoded(pickle.loads(batch["done"][0]), job)
+    return {"done": [pickle.dumps(done, pickle.HIGHEST_PROTOCOL)]}
+
+
+def _encoded(done: Done | Exception, job: Any) -> Done | Exception:
+    """With the contents of files, which are smaller than pixels; the driver only writes them."""
+    if isinstance(done, Exception) or done.drawn is None:
+        return done
+    try:
+        sinks, about = _sinks(job)
+        return done._replace(drawn=encode(sinks, done.rows, done.drawn, about))
+    except _EXPECTED as error:
+        return error
+
+
+@functools.lru_cache(1)
+def _sinks(job: Any) -> tuple[Sequence[Sink], Mapping[str, Any]]:
+    loaded = _job(job)
+    return loaded.sinks, loaded.about
 
 
 @functools.lru_cache(1)

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from gradcampp_ext.batch.engine import Row
-    from gradcampp_ext.batch.record import Record
     from gradcampp_ext.batch.sinks import FileSink, Rendered
 
 _THUMBNAIL, _MAP = 384, 224  # pixels of the longer side, at most
@@ -78,8 +77,11 @@ class Thumbnails:
     def render(self, batch: Rendered) -> torch.Tensor:
         return batch.pictures.cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
-        return _save(record, f"images/{name}", value, _THUMBNAIL, quality=85)
+    def path(self, name: str) -> str:
+        return f"{REPORT}/images/{name}.jpg"
+
+    def encode(self, value: npt.NDArray[Any], row: Row, about: Mapping[str, Any]) -> bytes:
+        return _jpeg(value, _THUMBNAIL, quality=85)
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,11 @@ class GreyMaps:
     def render(self, batch: Rendered) -> torch.Tensor:
         return (batch.maps.clamp(0, 1) * 255).round().byte().cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
-        return _save(record, f"maps/{name}", value, _MAP, quality=92)
+    def path(self, name: str) -> str:
+        return f"{REPORT}/maps/{name}.jpg"
+
+    def encode(self, value: npt.NDArray[Any], row: Row, about: Mapping[str, Any]) -> bytes:
+        return _jpeg(value, _MAP, quality=92)
 
 
 def sinks() -> list[FileSink]:
@@ -152,16 +157,12 @@ def build(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _save(
-    record: Record, name: str, pixels: npt.NDArray[np.uint8], side: int, *, quality: int
-) -> str:
+def _jpeg(pixels: npt.NDArray[np.uint8], side: int, *, quality: int) -> bytes:
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
-    path = f"{REPORT}/{name}.jpg"
-    record.write(path, file.getvalue())
-    return path
+    return file.getvalue()
 
 
 def _asset(name: str) -> str:

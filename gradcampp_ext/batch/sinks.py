@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -61,12 +61,16 @@ class FileSink(Protocol):
     def render(self, batch: Rendered) -> torch.Tensor:
         """[N, K, ...], or [N, ...] per picture, on the CPU; runs in the main thread."""
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
-        """One of render's [n, k] or [n] to a file, complete on return; in background threads.
+    def path(self, name: str) -> str:
+        """Of the file for one of render's [n, k] or [n], relative to the output folder."""
 
-        `row` is its row of results, or the picture's first one.
+    def encode(self, value: npt.NDArray[Any], row: Row, about: Mapping[str, Any]) -> bytes:
+        """What that file contains; in background threads, or in other processes.
 
-        Returns: its name, relative to the output folder.
+        Args:
+            value: one of render's [n, k] or [n].
+            row: its row of results, or the picture's first one.
+            about: what made it, see `gradcampp_ext.batch.provenance.about`.
         """
 
 
@@ -101,18 +105,46 @@ Sink: TypeAlias = FileSink | SeriesSink
 
 
 class Drawn(NamedTuple):
-    """What sinks made of a batch: a tensor each, on the CPU."""
+    """What sinks made of a batch: an array each.
 
-    files: list[torch.Tensor]
-    series: list[torch.Tensor]
+    Attributes:
+        files: what `render` gave, or, of dtype object, what `encode` made of it.
+        series: what `values` gave.
+    """
+
+    files: list[npt.NDArray[Any]]
+    series: list[npt.NDArray[Any]]
 
 
 def draw(sinks: Sequence[Sink], batch: Rendered) -> Drawn:
     """Runs the sinks' part of the work on the batch's device."""
     return Drawn(
-        [sink.render(batch) for sink in sinks if isinstance(sink, FileSink)],
-        [sink.values(batch) for sink in sinks if isinstance(sink, SeriesSink)],
+        [sink.render(batch).numpy() for sink in sinks if isinstance(sink, FileSink)],
+        [sink.values(batch).numpy() for sink in sinks if isinstance(sink, SeriesSink)],
     )
+
+
+def encode(
+    sinks: Sequence[Sink], rows: Sequence[Sequence[Row]], drawn: Drawn, about: Mapping[str, Any]
+) -> Drawn:
+    """Contents of files instead of arrays, where others than the writer's threads encode.
+
+    Args:
+        rows: of the batch, picture by picture; none of a picture that failed.
+    """
+    files = []
+    for sink, values in zip(
+        (sink for sink in sinks if isinstance(sink, FileSink)), drawn.files, strict=True
+    ):
+        contents = np.full(values.shape[: 1 if sink.per_picture else 2], None, object)
+        for n, own in enumerate(rows):
+            if own and sink.per_picture:
+                contents[n] = sink.encode(values[n], own[0], about)
+            elif own:
+                for k, row in enumerate(own):
+                    contents[n, k] = sink.encode(values[n, k], row, about)
+        files.append(contents)
+    return drawn._replace(files=files)
 
 
 @dataclass(frozen=True)
@@ -157,18 +189,18 @@ class Overlays:
         )
         return drawn.reshape(n, k, height, width, 3).cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
+    def path(self, name: str) -> str:
+        return f"overlays/{name}.{self.format}"
+
+    def encode(self, value: npt.NDArray[Any], row: Row, about: Mapping[str, Any]) -> bytes:
         options: dict[str, dict[str, Any]] = {
             "jpg": {"format": "JPEG", "quality": 92, "subsampling": 0},
             "png": {"format": "PNG", "compress_level": 3},
             "webp": {"format": "WEBP", "quality": 92},
         }
         file = io.BytesIO()
-        told = exif(record.about, row)
-        Image.fromarray(value).save(file, **options[self.format], exif=told)
-        path = f"overlays/{name}.{self.format}"
-        record.write(path, file.getvalue())
-        return path
+        Image.fromarray(value).save(file, **options[self.format], exif=exif(about, row))
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -192,9 +224,10 @@ class Maps:
     def render(self, batch: Rendered) -> torch.Tensor:
         return (batch.maps if self.size == "image" else batch.feature_maps).cpu()
 
-    def write(self, record: Record, name: str, value: npt.NDArray[Any], row: Row) -> str:
+    def path(self, name: str) -> str:
+        return f"maps/{name}.npy"
+
+    def encode(self, value: npt.NDArray[Any], row: Row, about: Mapping[str, Any]) -> bytes:
         file = io.BytesIO()
         np.save(file, value.astype(self.dtype), allow_pickle=False)
-        path = f"maps/{name}.npy"
-        record.write(path, file.getvalue())
-        return path
+        return file.getvalue()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from gradcampp_ext.batch.record import safe_name
 from gradcampp_ext.batch.sinks import FileSink, SeriesSink
 
@@ -81,9 +83,8 @@ class Writer:
         values: list[npt.NDArray[Any]] = []
         if drawn is not None:
             explained = [n for n, own in enumerate(rows) if own]
-            files = [tensor.numpy() for tensor in drawn.files]
-            written = [pair for n in explained for pair in self._submit(rows[n], n, files)]
-            values = [tensor[explained].flatten(0, 1).numpy() for tensor in drawn.series]
+            written = [pair for n in explained for pair in self._submit(rows[n], n, drawn.files)]
+            values = [np.concatenate(array[explained]) for array in drawn.series]
         self._queue.put((written, values, list(failures)))
 
     def _submit(
@@ -94,17 +95,20 @@ class Writer:
         for sink, values in zip(self._files, files, strict=True):
             if sink.per_picture:
                 first = rows[0]
-                future = self._pool.submit(
-                    sink.write, self._record, first["name"], values[n], first
-                )
+                future = self._pool.submit(self._write, sink, first["name"], values[n], first)
                 for _, futures in written:
                     futures[sink.column] = future
                 continue
             for k, (name, (row, futures)) in enumerate(zip(_names(rows), written, strict=True)):
-                futures[sink.column] = self._pool.submit(
-                    sink.write, self._record, name, values[n, k], row
-                )
+                futures[sink.column] = self._pool.submit(self._write, sink, name, values[n, k], row)
         return written
+
+    def _write(self, sink: FileSink, name: str, value: npt.NDArray[Any] | bytes, row: Row) -> str:
+        if not isinstance(value, bytes):
+            value = sink.encode(value, row, self._record.about)
+        path = sink.path(name)
+        self._record.write(path, value)
+        return path
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
