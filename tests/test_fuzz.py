@@ -482,6 +482,12 @@ def fill(out: Path) -> None:
 
 @cases(60)
 @given(file=damaged(RESULTS) | results())
+@example(
+    file=("results.jsonl", json.dumps({**ROW, "predicted_probability": 1e307}).encode() + b"\n")
+)
+@example(
+    file=("results.jsonl", json.dumps({**ROW, "right": False, "label": None}).encode() + b"\n")
+)
 @example(file=("run.json", b'{"a": 1}'))
 @example(file=("run.json", b"[]"))
 @example(file=("evaluation.json", b"[" * 100_000))

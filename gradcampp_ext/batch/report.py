@@ -61,6 +61,16 @@ _IDENTITY = frozenset(
      "width", "height"}
 )  # fmt: skip
 
+# What rows that no run has written lead to.
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    jinja2.TemplateError,
+)
+
 Grid: TypeAlias = npt.NDArray[np.float32]
 _Kind: TypeAlias = tuple[int, str, str]  # rank, layer and method: which map of a picture
 
@@ -148,7 +158,7 @@ def build(
         return (staging / "index.html").replace(site / "index.html")
     except OSError as error:
         raise RecordError(f"cannot make the report in {site}: {error}") from error
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{folder / RESULTS} has a line that no run has written "
             f"({type(error).__name__}: {error})"

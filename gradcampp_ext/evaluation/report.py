@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from jinja2 import TemplateError
 from markupsafe import Markup
 
 from gradcampp_ext.batch import report
@@ -18,8 +17,6 @@ _PLOTS = {  # of wins there is a table
     "randomization.png": "Maps of networks that lose their weights",
     "disagreements.jpg": "The images on which maps differ most in what they keep",
 }
-
-_DAMAGE = ValueError, LookupError, TypeError, AttributeError, StopIteration, TemplateError
 
 
 def build(folder: Path, *, title: str | None = None) -> Path:
@@ -42,7 +39,7 @@ def build(folder: Path, *, title: str | None = None) -> Path:
         result = parsed(file.read_bytes(), file)
         try:
             sections["Scores"] = _scores(result)
-        except _DAMAGE as error:
+        except (*report.DAMAGE, StopIteration, ValueError) as error:
             raise ValueError(f"{file} is damaged: {error!r}") from error
         sections["Plots"] = _plots(folder)
     return report.build(folder, title=title, sections=sections)
