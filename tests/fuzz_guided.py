@@ -85,7 +85,7 @@ def native(data: bytes, folder: Path) -> str:
     dims = source.ConsumeIntInRange(2, 6)
     a = tensor(dims)
     g = tensor(dims + 1, a.dtype)
-    if source.ConsumeBool() and a.dim() >= 2:  # of a shape that fits
+    if source.ConsumeBool() and g.numel():  # of a shape that fits
         g = g.flatten()[:1].expand(a.shape[0], source.ConsumeIntInRange(0, 3), *a.shape[1:])
     real, flag = source.ConsumeFloat, source.ConsumeBool
     kind = source.ConsumeIntInRange(0, 5)

@@ -272,7 +272,8 @@ def load(spec: str, weights: str | None) -> str:
     real = importlib.import_module
 
     def import_module(name: str, package: str | None = None) -> Any:
-        if name.split(".")[0] in (*LIBRARIES, "gradcampp_ext"):
+        by_package = sys._getframe(1).f_globals["__name__"] == models.__name__
+        if not by_package or name.split(".")[0] in (*LIBRARIES, "gradcampp_ext"):
             return real(name, package)
         asked.append(name)
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
