@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import atheris
@@ -26,15 +26,23 @@ with atheris.instrument_imports(
 
 import torch
 
+LISTS = (".csv", ".jsonl")
+MODEL_FILES = (".txt", ".json", ".pth", ".safetensors")
+
+
+def chosen(data: bytes, names: Sequence[str]) -> tuple[str, bytes]:
+    """The first byte chooses one of the names."""
+    return names[data[0] % len(names) if data else 0], data[1:]
+
 
 def lists(data: bytes, folder: Path) -> str:
-    suffix = (".csv", ".jsonl")[len(data) % 2]
-    return fuzzing.read_source(folder, f"list{suffix}", data)
+    suffix, content = chosen(data, LISTS)
+    return fuzzing.read_source(folder, f"list{suffix}", content)
 
 
 def annotations(data: bytes, folder: Path) -> str:
-    suffix = (".csv", ".jsonl")[len(data) % 2]
-    return fuzzing.read_annotations(folder, f"list{suffix}", data)
+    suffix, content = chosen(data, LISTS)
+    return fuzzing.read_annotations(folder, f"list{suffix}", content)
 
 
 def parquet(data: bytes, folder: Path) -> str:
@@ -46,15 +54,14 @@ def shards(data: bytes, folder: Path) -> str:
 
 
 def model_files(data: bytes, folder: Path) -> str:
-    suffix = (".txt", ".json", ".pth", ".safetensors")[len(data) % 4]
-    return fuzzing.read_model_file(folder, f"file{suffix}", data)
+    suffix, content = chosen(data, MODEL_FILES)
+    return fuzzing.read_model_file(folder, f"file{suffix}", content)
 
 
 def results(data: bytes, folder: Path) -> str:
     out = folder / "results"
     test_fuzz.fill(out)
-    names = test_fuzz.RESULTS
-    return fuzzing.read_results(out, names[len(data) % 3], data)
+    return fuzzing.read_results(out, *chosen(data, test_fuzz.RESULTS))
 
 
 def specs(data: bytes, folder: Path) -> str:
@@ -110,15 +117,20 @@ SUBJECTS: dict[str, Callable[[bytes, Path], str]] = {
     each.__name__: each
     for each in (lists, annotations, parquet, shards, model_files, results, specs, native)
 }
+
+
+def begun(names: Sequence[str]) -> list[bytes]:
+    """Good files, as `chosen` takes them apart."""
+    return [bytes([n]) + file for n, name in enumerate(names) for file in test_fuzz.SEEDS[name]]
+
+
 SEEDS = {
-    "lists": [*test_fuzz.SEEDS[".csv"], *test_fuzz.SEEDS[".jsonl"], *test_fuzz.PIECES],
-    "annotations": [*test_fuzz.SEEDS[".csv"], *test_fuzz.SEEDS[".jsonl"], *test_fuzz.PIECES],
+    "lists": [*begun(LISTS), *test_fuzz.PIECES],
+    "annotations": [*begun(LISTS), *test_fuzz.PIECES],
     "parquet": test_fuzz.SEEDS[".parquet"],
     "shards": test_fuzz.SEEDS[".tar"],
-    "model_files": [
-        b for s in (".txt", ".json", ".pth", ".safetensors") for b in test_fuzz.SEEDS[s]
-    ],
-    "results": [b for s in test_fuzz.RESULTS for b in test_fuzz.SEEDS[s]],
+    "model_files": begun(MODEL_FILES),
+    "results": begun(test_fuzz.RESULTS),
     "specs": [
         b"demo\nnone",
         b"timm:resnet18.a2\nno.pth",
