@@ -11,6 +11,7 @@ each in a process of its own, round after round until the minutes are over:
     decode           the pipeline's first stage alone, a process a core
     explain          its second alone: maps, rows of results and overlays from decoded pictures
     write            its third alone: encoding and writing files, recording
+    driver           what a cluster leaves of that to its driver: files come encoded
     loop             pytorch-grad-cam picture by picture: read, explain, overlay, save
     loop_batched     the same 32 pictures at a time
 
@@ -56,7 +57,7 @@ from gradcampp_ext.batch.engine import Engine
 from gradcampp_ext.batch.memory import keep_freed_memory
 from gradcampp_ext.batch.pipeline import chunks_of
 from gradcampp_ext.batch.record import Record
-from gradcampp_ext.batch.sinks import draw
+from gradcampp_ext.batch.sinks import draw, encode
 from gradcampp_ext.batch.writer import Writer
 from gradcampp_ext.explainer import Explainer
 
@@ -138,6 +139,14 @@ class Stages:
         done = self.explained(Engine(self.model, self.options), list(self.batches(0)))
         with clock, Writer(self.record, SINKS, batch.Progress()) as writer:
             for rows, drawn in done:
+                writer.put(rows, drawn, [])
+
+    def driver(self, clock: Clock) -> None:
+        done = self.explained(Engine(self.model, self.options), list(self.batches(0)))
+        about = self.record.about
+        encoded = [(rows, encode(SINKS, rows, drawn, about)) for rows, drawn in done]
+        with clock, Writer(self.record, SINKS, batch.Progress()) as writer:
+            for rows, drawn in encoded:
                 writer.put(rows, drawn, [])
 
     def pipeline(self, clock: Clock) -> batch.Summary:
@@ -223,7 +232,7 @@ def check(folder: Path, out: Path) -> None:
 
 
 CONTENDERS = (
-    "pipeline", "explain", "loop", "pipeline_malloc", "decode", "loop_batched", "write",
+    "pipeline", "explain", "loop", "pipeline_malloc", "decode", "loop_batched", "write", "driver",
 )  # fmt: skip
 
 
