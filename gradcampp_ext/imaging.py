@@ -134,7 +134,8 @@ class Recipe:
         resize_to: height and width, in pixels, that `resize` speaks of.
         interpolation: a filter of PIL.Image.Resampling, in lower case; all but "nearest" average
             over the pixels they shrink.
-        mean, std: per RGB channel, in units of the full range: input = (pixel / 255 - mean) / std.
+        mean: per RGB channel, in units of the full range: input = (pixel / 255 - mean) / std.
+        std: likewise.
     """
 
     size: tuple[int, int] = (224, 224)

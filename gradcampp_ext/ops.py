@@ -192,7 +192,7 @@ def channel_weights(
 ) -> Tensor:
     """Channel weights w of a method, with L = relu(sum_c w_c A_c).
 
-    Arguments as for :func:`cam`. "layercam", "hirescam" and "gradcam_elementwise" have no
+    Arguments as for `cam`. "layercam", "hirescam" and "gradcam_elementwise" have no
     channel weights.
 
     Returns:
@@ -200,7 +200,7 @@ def channel_weights(
         float64 input.
 
     Raises:
-        TypeError, ValueError: as :func:`cam`; ValueError for a method without channel weights.
+        TypeError, ValueError: as `cam`; ValueError for a method without channel weights.
     """
     row = checks.channelwise(method)
     single, gradients = check_pair(activations, gradients)

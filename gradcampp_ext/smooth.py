@@ -30,8 +30,8 @@ class PowerSums:
     over space (stride 0) are kept as the one value that they are.
 
     Args:
-        activations: of the images without noise, as for :func:`gradcampp_ext.cam`.
-    Raises: TypeError, ValueError as :func:`gradcampp_ext.cam`.
+        activations: of the images without noise, as for `gradcampp_ext.cam`.
+    Raises: TypeError, ValueError as `gradcampp_ext.cam`.
     """
 
     def __init__(self, activations: Tensor) -> None:

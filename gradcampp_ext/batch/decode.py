@@ -35,7 +35,8 @@ class Decoded(NamedTuple):
     """A picture that was read.
 
     Attributes:
-        width, height: upright.
+        width: upright.
+        height: upright.
         view: the part of it that the network sees.
         pixels_sha256: of what the network sees, uint8 [h, w, 3].
     """

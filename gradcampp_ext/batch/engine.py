@@ -43,7 +43,8 @@ class Options:
         target: None for the predicted class, "label" for the true one, or a class index.
         topk: explain the K classes of the largest outputs; only with target None.
         size: height and width of overlays and maps; None for the size of the network's input.
-        device, dtype: where and in what the network runs.
+        device: where the network runs.
+        dtype: in what the network runs.
         compile: whether torch.compile takes the parts of the network before and after the target
             layers; see `compiled`.
         batch_size: pictures in one forward pass; halved where the device's memory runs out.

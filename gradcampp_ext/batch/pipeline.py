@@ -40,7 +40,8 @@ class Summary:
         explained: pictures explained.
         failed: pictures skipped; errors.jsonl has the reasons.
         resumed: pictures that an earlier run had explained.
-        labelled, right: of the explained ones, those with a label, and those predicted right.
+        labelled: of the explained ones, those with a label.
+        right: of the labelled ones, those predicted right.
         layer: the layer that was explained, or the names of several; None if nothing was.
         interrupted: whether it was told to stop before the end.
         seconds: from the first to the last picture.

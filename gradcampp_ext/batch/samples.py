@@ -25,7 +25,8 @@ class Sample:
         label: what the data set gave beside the image; None if nothing.
         maps: [K, *size], as of `Explanation`.
         targets: classes [K].
-        scores, probabilities: [K].
+        scores: [K].
+        probabilities: [K].
         predicted: class of the largest output.
     """
 

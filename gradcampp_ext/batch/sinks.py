@@ -154,7 +154,8 @@ class Overlays:
     Attributes:
         format: "jpg" (quality 92, full colour resolution), "png" or "webp".
         colormap: see `imaging.colormap`.
-        image_weight, heatmap_weight: see `imaging.overlay`.
+        image_weight: see `imaging.overlay`.
+        heatmap_weight: its alpha.
     """
 
     format: Literal["jpg", "png", "webp"] = "jpg"

@@ -141,7 +141,7 @@ class GradCAMpp(_Fused, peer.GradCAMpp):
     torchcam 0.5.0 loses the denominator, and its weights are the sum of relu(g)^3. Activations
     are rectified, as everywhere in this package; behind a ReLU that changes nothing.
 
-    Args: as :class:`GradCAM`.
+    Args: as `GradCAM`.
     """
 
     _method = "gradcampp"
@@ -154,7 +154,7 @@ class SmoothGradCAMpp(_Fused, peer.SmoothGradCAMpp):
     the input itself (``gradcampp_ext.smooth.PowerSums``). torchcam 0.5.0 takes the last copy's
     activations and gradient instead.
 
-    Args: as :class:`GradCAM`, and num_samples (copies) and std (of the noise, in units of the
+    Args: as `GradCAM`, and num_samples (copies) and std (of the noise, in units of the
         input). The noise comes from torch's global generator, as torchcam draws it.
     """
 
@@ -197,7 +197,7 @@ class SmoothGradCAMpp(_Fused, peer.SmoothGradCAMpp):
 class XGradCAM(_Fused, peer.XGradCAM):
     """XGrad-CAM, arXiv:2008.02312, eq. 9: w_k = sum(g A_k) / sum(A_k).
 
-    Args: as :class:`GradCAM`.
+    Args: as `GradCAM`.
     """
 
     _method = "xgradcam"
@@ -208,7 +208,7 @@ class LayerCAM(_Fused, peer.LayerCAM):
 
     Several layers are fused as in its eq. 9, tanh(2 L).
 
-    Args: as :class:`GradCAM`.
+    Args: as `GradCAM`.
     """
 
     _method = "layercam"

@@ -52,13 +52,16 @@ class Options:
         space: of the product of map and image: the normalised "input", whose zero is the mean
             colour of the training pictures, or the "pixels", whose zero is black.
         steps: of insertion and deletion.
-        insertion_from, deletion_to: what pixels are brought into, and replaced by.
+        insertion_from: what pixels are brought into.
+        deletion_to: what pixels are replaced by.
         road_shares: of pixels that ROAD removes.
         tolerance: of the pointing game, in pixels of the network's input.
-        samples, radius: of max-sensitivity; the radius in units of the normalised input.
+        samples: of max-sensitivity.
+        radius: of max-sensitivity, in units of the normalised input.
         stages: of the randomisation; None for one a layer with weights.
         seed: of ROAD's noise, the noise of max-sensitivity and the random weights.
-        device, dtype: where and in what the network runs.
+        device: where the network runs.
+        dtype: in what the network runs.
         batch_size: inputs in one forward pass.
         workers: processes that decode; None for as many as the device can use.
     """
