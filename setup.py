@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -175,16 +176,8 @@ def commit() -> str | None:
     """Of the sources, with a + where they differ; a source distribution has it in a file."""
     if COMMIT.exists():
         return COMMIT.read_text(encoding="utf-8").strip() or None
-    if not Path(".git").exists():  # around it there may be somebody else's
-        return None
-    try:
-        head, changed = (
-            subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+" if changed else "")
+    of_checkout = runpy.run_path("gradcampp_ext/_environment.py")["of_checkout"]
+    return of_checkout(Path())
 
 
 class SourceDistribution(sdist):

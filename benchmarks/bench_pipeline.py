@@ -137,16 +137,17 @@ class Stages:
 
     def write(self, clock: Clock) -> None:
         done = self.explained(Engine(self.model, self.options), list(self.batches(0)))
-        with clock, Writer(self.record, SINKS, batch.Progress()) as writer:
-            for rows, drawn in done:
-                writer.put(rows, drawn, [])
+        self.written(clock, done)
 
     def driver(self, clock: Clock) -> None:
         done = self.explained(Engine(self.model, self.options), list(self.batches(0)))
         about = self.record.about
         encoded = [(rows, encode(SINKS, rows, drawn, about)) for rows, drawn in done]
+        self.written(clock, encoded)
+
+    def written(self, clock: Clock, done: list[Any]) -> None:
         with clock, Writer(self.record, SINKS, batch.Progress()) as writer:
-            for rows, drawn in encoded:
+            for rows, drawn in done:
                 writer.put(rows, drawn, [])
 
     def pipeline(self, clock: Clock) -> batch.Summary:

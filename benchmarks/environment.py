@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from gradcampp_ext import _native
+from gradcampp_ext._environment import cpu, of_checkout
 
 _PACKAGES = (
     "gradcampp_ext",
@@ -31,7 +31,7 @@ def about(device: str = "cpu") -> dict[str, Any]:
     found: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
         "instruction_set": _native.status().cpu_capability,
@@ -51,28 +51,9 @@ def about(device: str = "cpu") -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where tracked files differ from it."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../*.py")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    """The checkout's commit, with a + where its sources and programs differ from it."""
+    commit = of_checkout(Path(__file__).parent.parent, "csrc", "*.py")
+    return commit and commit[:7] + ("+" if commit.endswith("+") else "")
 
 
 def _version(package: str) -> str | None:

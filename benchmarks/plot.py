@@ -311,32 +311,30 @@ def scale() -> str:
     if not (RESULTS / "pipeline-cpu.json").exists():
         return "Not measured yet; `benchmarks/bench_pipeline.py` measures it."
     report, pictures = result("pipeline-cpu"), 14.2e6
-    names = {
-        "decode": "read, decode, prepare",
-        "explain": "demo network, map, overlay",
-        "encode": "encode the overlay",
-        "driver": "write, record",
-    }
-    spent = {
-        name: statistics.median(found[name]["processor_seconds"] for found in report["rounds"])
+    decode, explain, write, driver = (
+        statistics.median(found[name]["processor_seconds"] for found in report["rounds"])
         for name in ("decode", "explain", "write", "driver")
+    )
+    spent = {
+        "read, decode, prepare": decode,
+        "demo network, map, overlay": explain,
+        "encode the overlay": write - driver,
+        "write, record": driver,
     }
-    spent["encode"] = spent.pop("write") - spent["driver"]
-    spent = {name: spent[name] for name in names}
+    spent["all"] = sum(spent.values())
     lines = [
         "| stage | core-ms a picture, t | core-hours for 14.2 million | at 0.04 a core-hour |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for name, seconds in [*spent.items(), ("", sum(spent.values()))]:
+    for name, seconds in spent.items():
         hours = pictures * seconds / 3600
-        shown = names.get(name, "all")
-        lines.append(f"| {shown} | {1000 * seconds:.1f} | {hours:,.0f} | {0.04 * hours:,.0f} |")
-    days = pictures * sum(spent.values()) / 64 / 86400
-    driver, beside = 4 / spent["driver"], 1000 * (spent["decode"] + spent["encode"])
+        lines.append(f"| {name} | {1000 * seconds:.1f} | {hours:,.0f} | {0.04 * hours:,.0f} |")
+    days = pictures * spent["all"] / 64 / 86400
+    most, beside = 4 / driver, 1000 * (decode + write - driver)
     lines += [
         "",
         f"On 64 such cores that is {days:.1f} days. A driver, which writes in four threads, keeps "
-        f"up with {driver:,.0f} pictures a second at most, and a GPU that explains 1,000 a second "
+        f"up with {most:,.0f} pictures a second at most, and a GPU that explains 1,000 a second "
         f"wants {beside:.0f} cores that decode and encode.",
         "",
         measured_on("pipeline-cpu"),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import threading
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gradcampp_ext._environment import of_checkout
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -102,24 +103,8 @@ def commit() -> str | None:
     A checkout is asked itself, since its Python files may be newer than what was built in it; an
     installed package says what it was built from.
     """
-    root = _FOLDER.parent
-    if (root / ".git").exists():
-        command = ["git", "--no-optional-locks", "-C", str(root)]
-        ours = ["--", "gradcampp_ext", "csrc", "setup.py"]
-        try:
-            head, changed = (
-                subprocess.run(
-                    [*command, *words], check=True, capture_output=True, text=True
-                ).stdout
-                for words in (
-                    ["rev-parse", "HEAD"],
-                    ["status", "--porcelain", "--untracked-files=no", *ours],
-                )
-            )
-            return head.strip() + ("+" if changed else "")
-        except (OSError, subprocess.CalledProcessError):
-            pass  # no git here, or somebody else's folder, which git does not read
-    return build_info().commit
+    ours = "gradcampp_ext", "csrc", "setup.py"
+    return of_checkout(_FOLDER.parent, *ours) or build_info().commit
 
 
 def status() -> Status:

@@ -116,11 +116,9 @@ def run(
     decided = settings(model, options, sinks)
     about = provenance.about(decided, provenance.software(options.device))
     explaining = engine(Job(source.read, model, sinks, options, total, about))
-    conditions = {
-        "batch_size": options.batch_size,
-        "command": command,
-        "environment": provenance.environment(options.device, explaining.threads),
-    }
+    conditions = provenance.conditions(
+        options.device, explaining.threads, options.batch_size, command
+    )
     record = Record(out, decided, conditions, rows=options.maps, overwrite=overwrite)
     with record, progress:
         tell_conditions(record, progress)

@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from gradcampp_ext import _native
+from gradcampp_ext._environment import cpu
 
 if TYPE_CHECKING:
     from gradcampp_ext.batch.engine import Row
@@ -51,7 +51,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "pillow": metadata.version("pillow"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "instruction_set": status.cpu_capability,
         "threads": threads,
     }
@@ -59,6 +59,21 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()
     return found
+
+
+def conditions(
+    device: torch.device, threads: int, batch_size: int, command: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What run.json has of each run beside the settings; see `Record`.
+
+    Args:
+        command: what a program was asked for; None where only it can be asked again.
+    """
+    return {
+        "batch_size": batch_size,
+        "command": command,
+        "environment": environment(device, threads),
+    }
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -96,12 +111,3 @@ def exif(told: Mapping[str, Any], row: Row | None = None) -> Image.Exif:
 def _usable(device: torch.device) -> bool:
     """A GPU of this process, and not one that the workers of a cluster have."""
     return device.type == "cuda" and torch.cuda.is_available()
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

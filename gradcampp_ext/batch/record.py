@@ -50,7 +50,7 @@ class Record:
         folder: made if it is missing.
         settings: whatever decides the outputs. A folder can be continued with equal ones only.
         run: under which conditions: "batch_size", "command" and "environment", see
-            `gradcampp_ext.batch.pipeline.run`. A folder can be continued under others, except by
+            `gradcampp_ext.batch.provenance.conditions`. It can be continued under others, except by
             another version of this package: run.json lists all that rows were made under.
         rows: lines in results.jsonl per picture.
         overwrite: remove what an earlier run has written, and nothing else.

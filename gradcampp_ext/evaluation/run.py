@@ -97,11 +97,7 @@ def run(
     decided = settings(model, options, boxes)
     sinks: list[FileSink] = batch_report.sinks() if pictures else []
     recorded = decided | {"report": pictures}
-    conditions = {
-        "batch_size": options.batch_size,
-        "command": None,
-        "environment": provenance.environment(options.device, torch.get_num_threads()),
-    }
+    conditions = provenance.conditions(options.device, torch.get_num_threads(), options.batch_size)
     record = Record(out, recorded, conditions, rows=options.maps, overwrite=overwrite)
     result = index = None
     with record, progress:
