@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= 2.10.0 2.13.0 2.14.1
 CONSTRAINTS := .ci/constraints.txt
+SANITIZE := --kernel-name kns=gradcampp --report-api-errors no --error-exitcode 9
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 NATIVE_SOURCES := $(shell find csrc -type f)
 BUILD_SOURCES := setup.py pyproject.toml $(wildcard _build_backend/*.py) $(NATIVE_SOURCES)
@@ -20,9 +21,9 @@ test: $(VENV)/test.stamp ## pytest; REQUIRE_CUDA=1 makes a missing GPU fail
 
 sanitize: $(VENV)/test.stamp ## compute-sanitizer over the op's tests; needs a GPU
 	REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
-		--error-exitcode 9 $(BIN)/pytest -x tests/test_ops.py -k cuda
-	REQUIRE_CUDA=1 compute-sanitizer --tool racecheck --error-exitcode 9 \
-		$(BIN)/pytest -x tests/test_ops.py -k "cuda and (targets or layouts or uniform)"
+		$(SANITIZE) $(BIN)/pytest -x tests/test_ops.py -k cuda
+	REQUIRE_CUDA=1 compute-sanitizer --tool racecheck \
+		$(SANITIZE) $(BIN)/pytest -x tests/test_ops.py -k "cuda and (targets or layouts or uniform)"
 
 sanitize-cpu: $(VENV)/test.stamp ## the CPU libraries under address, undefined and thread sanitizers
 	$(BIN)/python tests/sanitize/run.py

@@ -18,10 +18,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pyproject.toml says so to isolated builds only
+    sys.exit(
+        f"gradcampp_ext: setuptools must be 77 or newer, got {setuptools.__version__}; "
+        "pip install --upgrade setuptools, or build with isolation (pip's default)"
+    )
 
 sys.path.insert(0, str(Path(__file__).parent / "_build_backend"))
 import gradcampp_toolchain as toolchain

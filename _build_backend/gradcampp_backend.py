@@ -7,19 +7,11 @@ gigabytes, whatever is installed. This backend asks for torch only where there i
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-import setuptools
 from gradcampp_toolchain import TORCH_REQUIREMENT, find_torch
 from setuptools import build_meta
-
-if int(setuptools.__version__.split(".")[0]) < 77:  # pyproject.toml says so only to isolated builds
-    sys.exit(
-        f"gradcampp_ext: setuptools must be 77 or newer, got {setuptools.__version__}; "
-        "pip install --upgrade setuptools, or build with isolation (pip's default)"
-    )
 
 build_sdist = build_meta.build_sdist
 build_editable = build_meta.build_editable

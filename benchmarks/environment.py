@@ -51,8 +51,11 @@ def about(device: str = "cpu") -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where its sources and programs differ from it."""
-    commit = of_checkout(Path(__file__).parent.parent, "csrc", "*.py")
+    """The checkout's commit, with a + where its sources and programs differ from it.
+
+    Of a source distribution, the commit that it was made of.
+    """
+    commit = of_checkout(Path(__file__).parent.parent, "csrc", "*.py") or _native.commit()
     return commit and commit[:7] + ("+" if commit.endswith("+") else "")
 
 

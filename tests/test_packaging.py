@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -219,6 +220,28 @@ def test_no_nvcc_is_a_reason(toolchain, monkeypatch):
     monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
     reason = toolchain.find_cuda(toolchain.Torch(Path("torch"), "2.14.1", "13.0"))
     assert reason.startswith("no nvcc was found")
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="would measure this GPU")
+def test_gpu_report_says_what_each_step_came_to(tmp_path):
+    result = subprocess.run(
+        [CHECKOUT / "benchmarks" / "gpu_report.sh", tmp_path],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.returncode == 1
+    steps = json.loads((tmp_path / "summary.json").read_text())
+    results = {step["step"]: step["result"] for step in steps}
+    assert results["device"] == "failed: nvidia-smi is not installed"
+    assert results["build"] == "failed: nvidia-smi names no GPU to build for"
+    for step in ("about", "benchmark", "tests"):
+        assert "CUDA cannot be used: " in results[step]
+    for step in ("memcheck", "racecheck", "profile"):
+        assert results[step].startswith("failed: ")
+    for step, reason in results.items():
+        assert reason in result.stdout
+        assert (tmp_path / f"{step}.log").exists()
 
 
 @pytest.fixture
