@@ -38,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ class Stages:
     def explained(engine: Engine, decoded: list[Any]) -> list[Any]:
         done = []
         for each in decoded:
-            rows, rendered = engine(each)
-            done.append((rows, draw(SINKS, rendered)))
+            rows, (drawn,) = engine(each, partial(draw, SINKS))
+            done.append((rows, drawn))
         return done
 
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,7 +321,7 @@ def explain(
         if asked.report:
             sinks += batch.report.sinks()
         progress: Progress = batch.JsonLines() if json_progress else batch.Lines(quiet=quiet)
-        with _cluster(engine, ray_address) as cluster, _threads(record):
+        with _cluster(engine, ray_address) as cluster:
             options = batch.Options(
                 method=asked.method,
                 target_layer=asked.target_layer or None,
@@ -335,10 +336,11 @@ def explain(
                 workers=workers,
             )
             with _stop_on_signal(out) as (stop, signals):
-                watch = None
+                watch = threads = None
                 if record is not None:
+                    threads = int(record.environment["threads"])
                     record.check(settings(loaded, options, sinks))
-                    here = environment(options.device, 1 if cluster else torch.get_num_threads())
+                    here = environment(options.device, 1 if cluster else threads)
                     for doubt in record.doubts(here):
                         _say(f"bits may differ: {doubt}")
                     source = Pictures(source, record, options.batch_size)
@@ -350,7 +352,7 @@ def explain(
                     out,
                     sinks,
                     options,
-                    engine=cluster or batch.Local,
+                    engine=cluster or partial(batch.Local, threads=threads),
                     command=_recorded(asked),
                     overwrite=overwrite,
                     progress=progress,
@@ -896,20 +898,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value.value if isinstance(value, Enum) else value
-
-
-@contextlib.contextmanager
-def _threads(record: Recorded | None) -> Iterator[None]:
-    """As many threads as the record was made with: the order of sums depends on their number."""
-    import torch
-
-    before = torch.get_num_threads()
-    if record is not None:
-        torch.set_num_threads(int(record.environment["threads"]))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compare(record: Recorded, out: Path) -> None:

@@ -398,7 +398,7 @@ def test_label_files_that_cannot_be_used(tmp_path, name, text, message):
 
 
 class Rows(torch.utils.data.Dataset):
-    targets = (1, 0, 2, 1, 0, 1)
+    labels = (1, 0, 2, 1, 0, 1)
 
     def __len__(self) -> int:
         return 6
@@ -409,7 +409,21 @@ class Rows(torch.utils.data.Dataset):
         forms = [Image.fromarray(pixels), pixels, picture, picture / 255, picture / 255 - 0.5]
         if index == 5:
             raise KeyError("lost")
-        return forms[index], self.targets[index]
+        return forms[index], self.labels[index]
+
+
+LABELS = [2, "dog", np.int64(3), torch.tensor(0), None, torch.tensor([0, 1]), {"boxes": []}]
+
+
+@pytest.mark.parametrize("kind", [batch.Dataset, batch.Stream])
+def test_labels_of_pairs(tmp_path, model, kind):
+    picture = Image.new("RGB", (40, 40))
+    pairs = [(picture, label) for label in LABELS]
+    run(kind([*pairs, [picture, 4], (picture, "tree"), picture]), model, tmp_path)
+    rows = lines(tmp_path / "results.jsonl")
+    assert [row["label"] for row in rows] == [2, 1, 3, 0, None, None, None, 4, None]
+    (error,) = lines(tmp_path / "errors.jsonl")
+    assert "its label cannot be used: no class is called 'tree'" in error["reason"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -418,7 +432,7 @@ def test_datasets(tmp_path, model, workers):
     assert (summary.explained, summary.failed, summary.labelled) == (4, 2, 4)
     rows = lines(tmp_path / "results.jsonl")
     assert [(row["path"], row["label"]) for row in rows] == [
-        (f"rows/{index}", Rows.targets[index]) for index in range(4)
+        (f"rows/{index}", Rows.labels[index]) for index in range(4)
     ]
     # whatever form a picture came in, the pixels are those
     for index, row in enumerate(rows):
@@ -562,6 +576,18 @@ def test_a_torn_record_is_taken_up(tmp_path, model, kept, topk):
         for figure in ("predicted_probability", "probability", "score", "central_mass", "entropy"):
             assert torn.pop(figure) == pytest.approx(whole.pop(figure), rel=1e-4)
         assert torn == whole
+
+
+def test_a_picture_that_is_named_twice_is_taken_up_once(tmp_path, model):
+    write_pictures(tmp_path / "in", 3)
+    named = [tmp_path / "in", tmp_path / "in" / "000.png", tmp_path / "in"]
+    run(named, model, tmp_path / "whole", batch_size=1)
+    run(named, model, tmp_path / "torn", batch_size=1)
+    results = tmp_path / "torn" / "results.jsonl"
+    results.write_bytes(b"".join(results.read_bytes().splitlines(keepends=True)[:4]))
+    summary = run(named, model, tmp_path / "torn", batch_size=1)
+    assert (summary.resumed, summary.explained) == (4, 3)
+    assert tree(tmp_path / "torn") == tree(tmp_path / "whole")
 
 
 SLOW = """
@@ -830,6 +856,43 @@ def test_out_of_memory_for_one_picture(tmp_path, model, monkeypatch):
     monkeypatch.setattr(Explainer, "capture", exhausted)
     with pytest.raises(batch.EngineError, match="not enough memory for one picture"):
         run(write_pictures(tmp_path / "in", 2), model, tmp_path / "out")
+
+
+class Greedy(batch.Maps):
+    """Has memory for two pictures."""
+
+    def render(self, rendered):
+        if len(rendered.maps) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().render(rendered)
+
+
+def test_out_of_memory_behind_the_network_halves_the_batch_too(tmp_path, model):
+    write_pictures(tmp_path / "in", 9)
+    sinks = [batch.ResultsTable(), batch.MapSet("parquet", "feature"), batch.Overlays("png")]
+    run([tmp_path / "in"], model, tmp_path / "whole", [batch.Maps(), *sinks], batch_size=2)
+    summary = run([tmp_path / "in"], model, tmp_path / "out", [Greedy(), *sinks], batch_size=8)
+    assert (summary.explained, summary.failed) == (9, 0)
+    ours, whole = (
+        {name: content for name, content in tree(tmp_path / out).items() if "maps/" in name}
+        for out in ("out", "whole")
+    )
+    assert len(ours) == 9
+    for name, content in ours.items():
+        ours_map, whole_map = (np.load(io.BytesIO(each)) for each in (content, whole[name]))
+        np.testing.assert_allclose(ours_map, whole_map, atol=1e-4)
+
+
+def test_scores_that_are_not_finite_though_maps_are(tmp_path):
+    net = Net().eval()
+    with torch.no_grad():
+        net.head.bias[:] = torch.nan
+    bad = LoadedModel(net, RECIPE, CLASSES)
+    sinks = [*SINKS, batch.ResultsTable(), batch.MapSet("parquet", "image")]
+    summary = run(write_pictures(tmp_path / "in", 6), bad, tmp_path / "out", sinks)
+    assert (summary.explained, summary.failed) == (0, 6)
+    for error in lines(tmp_path / "out" / "errors.jsonl"):
+        assert "scores or maps are not finite" in error["reason"]
 
 
 def test_pictures_with_infinite_scores_are_failures(tmp_path, model):

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,27 @@ def test_the_number_of_threads_is_the_records():
     assert "bits may differ" not in again()
     assert run_json("again")["runs"][0]["environment"]["threads"] == 1
     assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_those_of_one_batch():
+    write_pictures(Path("in"), 2)
+    explain("in", "--out", "out", "--batch-size", 2)
+    assert run_json()["runs"][0]["environment"]["threads"] == 2
+    write_pictures(Path("in"), 3, start=2)  # now batches are explained side by side
+    again()
+    assert run_json("again")["runs"][0]["environment"]["threads"] == 2
+    out, _ = explain("in", "--out", "out", "--batch-size", 2, "--json-progress")
+    assert "threads was 2 and is now 1" in json.loads(out.splitlines()[0])["text"]
+    assert [run["first_row"] for run in run_json()["runs"]] == [0, 2]
 
 
 def test_differences_are_told_one_by_one():

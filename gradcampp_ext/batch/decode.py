@@ -64,6 +64,11 @@ class Batch:
     pictures: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     displays: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def part(self, first: int, end: int) -> Batch:
+        """Some of the pictures that were read."""
+        some = slice(first, end)
+        return Batch(self.items[some], [], self.pictures[some], self.displays[some])
+
     def pin_memory(self) -> Batch:
         self.pictures, self.displays = self.pictures.pin_memory(), self.displays.pin_memory()
         return self
@@ -92,8 +97,9 @@ class Decoder(Dataset[Batch]):
         displays: list[Pixels] = []
         for item, name in chunk:
             try:
-                label = self._label(item)
-                image = self._read(item)
+                read = self._read(item)
+                image, label = read if isinstance(read, tuple) else (read, item.label)
+                index = self._index(label)
             except ImageError as error:
                 batch.failures.append((item.path, str(error)))
                 continue
@@ -102,19 +108,19 @@ class Decoder(Dataset[Batch]):
                 displays.append(self._recipe.display(image, self._size))
             view = self._recipe.view(*image.size)
             sha256 = hashlib.sha256(pictures[-1].data).hexdigest()
-            batch.items.append(Decoded(item.path, name, label, *image.size, view, sha256))
+            batch.items.append(Decoded(item.path, name, index, *image.size, view, sha256))
         if pictures:
             batch.pictures = torch.from_numpy(np.stack(pictures))
             batch.displays = torch.from_numpy(np.stack(displays)) if displays else batch.pictures
         return batch
 
-    def _label(self, item: Item) -> int | None:
-        if item.label is None:
+    def _index(self, label: str | int | None) -> int | None:
+        if label is None:
             if self._needs_label:
                 raise ImageError("it has no label that could be explained")
             return None
         try:
-            return self._classes.index(str(item.label))
+            return self._classes.index(str(label))
         except ValueError as error:
             raise ImageError(f"its label cannot be used: {error}") from error
 

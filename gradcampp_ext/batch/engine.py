@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradcampp_ext.models import Classes, LoadedModel
 
 Row: TypeAlias = dict[str, Any]
+_T = TypeVar("_T")
 
 
 class EngineError(RuntimeError):
@@ -136,18 +137,43 @@ class Engine:
     def layer(self) -> str | None:
         return ", ".join(self._layers) or None
 
-    def __call__(self, batch: Batch) -> tuple[list[list[Row]], Rendered | None]:
-        """`Options.maps` rows a picture, and what sinks draw from.
+    def __call__(
+        self, batch: Batch, draw: Callable[[Rendered], _T]
+    ) -> tuple[list[list[Row]], list[_T]]:
+        """`Options.maps` rows a picture, and what `draw` makes of the maps.
 
+        In as many parts as the device's memory asks for, of which `draw` gets one after the other.
         A picture whose scores or maps are not finite has no rows, and is added to the failures.
         """
-        if not batch.items:
-            return [], None
+        rows: list[list[Row]] = []
+        drawn: list[_T] = []
+        while len(rows) < len(batch.items):
+            part = batch.part(len(rows), len(rows) + self._limit)
+            try:
+                found, rendered = self._explain(part)
+                drawn.append(draw(rendered))
+            except torch.OutOfMemoryError as error:
+                if self._limit == 1:
+                    raise EngineError(
+                        f"{self._options.device} has not enough memory for one picture: {error}"
+                    ) from error
+            else:
+                rows += found
+                batch.failures += part.failures
+                continue
+            self._limit = (min(self._limit, len(part.items)) + 1) // 2
+            if self._options.device.type == "cuda":
+                torch.cuda.empty_cache()  # the error held what it was raised among
+        return rows, drawn
+
+    def _explain(self, batch: Batch) -> tuple[list[list[Row]], Rendered]:
         device = self._options.device
-        explained = self._explain(batch.pictures.to(device, non_blocking=True), batch.items)
+        explained = self._maps_of(batch.pictures.to(device, non_blocking=True), batch.items)
         maps = self._joined(explained.maps, self._size)
         tensors = explained._asdict() | statistics(maps)
         del tensors["maps"]
+        for numbers in (explained.score, explained.probability, explained.confidence[:, None]):
+            tensors["finite"] &= numbers.isfinite().all(1)
         columns = {name: tensor.tolist() for name, tensor in tensors.items()}
         rows: list[list[Row]] = []
         kinds = [{"layer": layer} for layer in self._named_layers()]
@@ -178,40 +204,20 @@ class Engine:
             return stacked.flatten(1, 2)
         return stacked.mean(2) if self._options.fuse == "mean" else stacked.amax(2)
 
-    def _explain(self, pictures: Tensor, items: Sequence[Decoded]) -> _Explained:
-        """In parts of `_limit` pictures, which is halved where memory runs out."""
-        parts: list[_Explained] = []
-        start = 0
-        while start < len(pictures):
-            part = slice(start, start + self._limit)
-            try:
-                parts.append(self._explain_part(pictures[part], items[part]))
-                start += self._limit
-            except torch.OutOfMemoryError as error:
-                if self._limit == 1:
-                    raise EngineError(
-                        f"{pictures.device} has not enough memory for one picture: {error}"
-                    ) from error
-                self._limit = (min(self._limit, len(pictures)) + 1) // 2
-                if pictures.is_cuda:
-                    torch.cuda.empty_cache()
-            except CaptureError:
-                raise
-            except RuntimeError as error:
-                shape = (len(pictures[part]), 3, *self._model.recipe.size)
-                raise EngineError(f"the model fails on pictures {shape}: {error}") from error
-        maps, *tensors = zip(*parts, strict=True)
-        layers = tuple(map(torch.cat, zip(*maps, strict=True)))
-        return _Explained(layers, *map(torch.cat, tensors))
-
-    def _explain_part(self, pictures: Tensor, items: Sequence[Decoded]) -> _Explained:
+    def _maps_of(self, pictures: Tensor, items: Sequence[Decoded]) -> _Explained:
         images = self._model.recipe.normalize(pictures, self._options.dtype)
         targets: Any = self._options.target
         if targets == "label":
             targets = [item.label for item in items]
         topk = self._options.topk if targets is None else None
-        with _room_for(self._compiled):
-            captured = self._explainer.capture(images, targets, topk=topk)
+        try:
+            with _room_for(self._compiled):
+                captured = self._explainer.capture(images, targets, topk=topk)
+        except (CaptureError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            size = (len(pictures), 3, *self._model.recipe.size)
+            raise EngineError(f"the model fails on pictures {size}: {error}") from error
         self._layers, scores = captured.layers, captured.scores
         predicted, probabilities = scores.predicted, scores.probabilities
         if predicted is None or probabilities is None:

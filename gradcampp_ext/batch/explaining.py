@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,15 +18,13 @@ import torch
 
 from gradcampp_ext.batch.decode import Decoder, Decoding, default_workers
 from gradcampp_ext.batch.engine import Engine, blank
-from gradcampp_ext.batch.sinks import draw
+from gradcampp_ext.batch.sinks import draw, together
 from gradcampp_ext.explainer import Explainer
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from gradcampp_ext.batch.decode import Batch, Chunk
     from gradcampp_ext.batch.engine import Options, Row
-    from gradcampp_ext.batch.items import Item
+    from gradcampp_ext.batch.items import Read
     from gradcampp_ext.batch.sinks import Drawn, Sink
     from gradcampp_ext.models import LoadedModel
 
@@ -43,7 +42,7 @@ class Job:
         about: what outputs say of themselves.
     """
 
-    read: Callable[[Item], Image.Image]
+    read: Read
     model: LoadedModel
     sinks: Sequence[Sink]
     options: Options
@@ -94,9 +93,8 @@ class Explain:
         self._engine, self._sinks = Engine(job.model, job.options), job.sinks
 
     def __call__(self, batch: Batch) -> Done:
-        rows, rendered = self._engine(batch)
-        drawn = None if rendered is None else draw(self._sinks, rendered)
-        return Done(rows, drawn, batch.failures, self._engine.layer, {})
+        rows, parts = self._engine(batch, partial(draw, self._sinks))
+        return Done(rows, together(parts), batch.failures, self._engine.layer, {})
 
 
 class Local:
@@ -105,11 +103,17 @@ class Local:
     On a CPU several batches are explained side by side, each by its share of the cores: the threads
     of one batch would all have to wait, at the end of every operation, for the one whose core has
     other things to do, such as decoding.
+
+    Args:
+        threads: that explain one batch; None for all, shared among the batches side by side.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._explain = job, Explain(job)
-        self.threads = torch.get_num_threads()
+    def __init__(self, job: Job, threads: int | None = None) -> None:
+        self._job = job
+        everything = torch.get_num_threads()
+        lanes = min(everything // (threads or 1), _MOST_LANES, job.batches or everything)
+        self._lanes = [Explain(job), *self._beside(lanes - 1)]
+        self.threads = threads or everything // len(self._lanes)
 
     @contextlib.contextmanager
     def start(self, chunks: Iterator[Chunk]) -> Iterator[Iterator[Done]]:
@@ -118,24 +122,22 @@ class Local:
         if workers is None:
             workers = default_workers(options.device, self._job.batches)
         pin = options.device.type == "cuda"
-        threads = torch.get_num_threads()
-        lanes = [self._explain, *self._beside(threads)]
+        before = torch.get_num_threads()
         pool = ThreadPoolExecutor(
-            len(lanes), "gradcampp-explain", torch.set_num_threads, (threads // len(lanes),)
+            len(self._lanes), "gradcampp-explain", torch.set_num_threads, (self.threads,)
         )
         with Decoding(self._job.decoder(), chunks, workers=workers, pin=pin) as decoding:
             try:
-                yield self._done(decoding, pool, lanes)
+                yield self._done(decoding, pool, self._lanes)
             finally:
                 pool.shutdown(cancel_futures=True)
-                torch.set_num_threads(threads)  # the pool's number is that of all new threads
+                torch.set_num_threads(before)  # the pool's number is that of all new threads
 
-    def _beside(self, threads: int) -> list[Explain]:
+    def _beside(self, count: int) -> list[Explain]:
         """The lanes beside the first; none where a batch needs all of the device."""
         job = self._job
         if job.options.device.type != "cpu" or job.options.compile:
             return []
-        count = min(threads, _MOST_LANES, job.batches or threads) - 1
         return [
             Explain(replace(job, model=model)) for model in twins(job.model, job.options, count)
         ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL import Image
 
 # fmt: off
@@ -40,12 +42,18 @@ class Item:
     label: str | int | None = None
 
 
+Read: TypeAlias = "Callable[[Item], Image.Image | tuple[Image.Image, str | int | None]]"
+
+
 class Reads(Protocol):
     """What reads the pictures of a source."""
 
     @property
-    def read(self) -> Callable[[Item], Image.Image]:
-        """Gives upright RGB, or raises ImageError; it is sent to the worker processes."""
+    def read(self) -> Read:
+        """Gives upright RGB, or raises ImageError; it is sent to the worker processes.
+
+        With the true class, of pictures whose Item could not yet tell it.
+        """
 
 
 class Source(Reads, Protocol):

@@ -124,7 +124,7 @@ def run(
         tell_conditions(record, progress)
         chunks = chunks_of(source, record, options.batch_size, summary)
         with explaining.start(chunks) as explained:
-            progress.started(total, len(record.done))
+            progress.started(total, record.done.total())
             clock = Clock()
             with Writer(record, sinks, tally) as writer:
                 while not stop.is_set():
@@ -176,11 +176,15 @@ def tell_conditions(record: Record, progress: Progress) -> None:
 
 def chunks_of(source: Source, record: Record, size: int, summary: Summary) -> Iterator[Chunk]:
     """What is not done yet, in the batches of an uninterrupted run: rounding depends on them."""
-    items = iter(source)
+    items, done = iter(source), record.done.copy()
     while taken := list(itertools.islice(items, size)):
-        named = [(item, record.name(item.path, item.name)) for item in taken]
-        chunk = [(item, name) for item, name in named if item.path not in record.done]
-        summary.resumed += len(taken) - len(chunk)
+        chunk = []
+        for item in taken:
+            if done[item.path]:
+                done[item.path] -= 1
+                summary.resumed += 1
+            else:
+                chunk.append((item, record.name(item.path, item.name)))
         if chunk:
             yield chunk
 

@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from gradcampp_ext.batch.decode import Batch, Chunk
-    from gradcampp_ext.batch.sinks import Sink
+    from gradcampp_ext.batch.items import Read
+    from gradcampp_ext.batch.sinks import Rendered, Sink
     from gradcampp_ext.models import LoadedModel
 
 _TRIES = 4  # of a batch whose worker dies, which Ray would try for ever
@@ -182,7 +183,7 @@ class ExplainBatch:
             for n, picture in enumerate(pictures)
         ]
         decoded = self._decoder[chunk]
-        rows, rendered = self._engine(decoded)
+        rows, parts = self._engine(decoded, self._drawn)
         places = [int(item.path) for item in decoded.items]
         n, k = len(chunk), self._shape[0]
         columns: dict[str, Any] = {
@@ -196,10 +197,10 @@ class ExplainBatch:
             "predicted_probability": np.full(n, np.nan, np.float32),
             "error": np.full(n, None),
         }
-        if rendered is not None:
-            maps = rendered.maps if self._whole else rendered.feature_maps
+        if parts:
+            maps = np.concatenate(parts)
             columns["map"] = np.full((n, *maps.shape[1:]), np.nan, np.float32)
-            columns["map"][places] = maps.cpu().numpy()
+            columns["map"][places] = maps
         for place, own in zip(places, rows, strict=True):
             for name in ("target", "score", "probability", "layer") if own else ():
                 columns[name][place] = [row[name] for row in own]
@@ -209,6 +210,9 @@ class ExplainBatch:
             columns["error"][int(path)] = reason
             columns["map"][int(path)] = np.nan
         return {**batch, **columns}
+
+    def _drawn(self, rendered: Rendered) -> npt.NDArray[Any]:
+        return (rendered.maps if self._whole else rendered.feature_maps).cpu().numpy()
 
 
 class _Remote:
@@ -443,10 +447,10 @@ def _decoder(job: Any) -> Any:
 class _Reader:
     """A source's `read` where it may not see the driver's files."""
 
-    def __init__(self, source: Callable[[Item], Image.Image], node: str) -> None:
+    def __init__(self, source: Read, node: str) -> None:
         self._read, self._node = source, node
 
-    def __call__(self, item: Item) -> Image.Image:
+    def __call__(self, item: Item) -> Any:
         try:
             return self._read(item)
         except ImageError as error:

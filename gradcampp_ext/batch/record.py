@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -77,7 +78,8 @@ class Record:
         self.folder = folder
         self.about = about(settings, run.get("environment", {}))
         self.conditions: list[str] = []
-        self.done: dict[str, str] = {}
+        self.done: Counter[str] = Counter()  # paths; a picture can be named twice
+        self._names: set[str] = set()
         self.lines = 0  # rows that an earlier run has recorded
         self._rows = rows
         self._counter = itertools.count()
@@ -102,7 +104,6 @@ class Record:
             except OSError as error:
                 raise _explained(folder, error) from error
             self._open = stack.pop_all()
-        self._names = {name.casefold() for name in self.done.values()}
         self._new: bytes | None = None  # what run.json has to say before the next row
         if runs[-1] != {"first_row": runs[-1]["first_row"], **run}:
             earlier = [one for one in runs if one["first_row"] < self.lines]
@@ -121,11 +122,9 @@ class Record:
         """A name for a picture's outputs: relative, harmless, and no other picture's.
 
         Args:
-            path: of the picture; a picture that is done keeps its name.
+            path: of the picture.
             wanted: any text; its parts between slashes become folders.
         """
-        if path in self.done:
-            return self.done[path]
         name = safe_name(wanted)
         if name.casefold() in self._names:
             name = f"{name}-{_digest(path)}"
@@ -227,7 +226,8 @@ class Record:
                 position += len(line)
                 pending += 1
                 if pending == self._rows:
-                    self.done[path] = name
+                    self.done[path] += 1
+                    self._names.add(name.casefold())
                     self.lines += pending
                     end, pending = position, 0
             file.truncate(end)

@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from PIL import Image
 
 from gradcampp_ext.batch import provenance
 from gradcampp_ext.batch.engine import by_picture, variant
-from gradcampp_ext.batch.items import Item, Source, length
+from gradcampp_ext.batch.items import Item, Read, Source, length
 from gradcampp_ext.batch.progress import Progress, printable
 from gradcampp_ext.batch.record import (
     ERRORS,
@@ -181,11 +181,10 @@ class Pictures:
             yield from batch
 
     def __len__(self) -> int:
-        """Of the whole source: the number of batches decides how they share the cores."""
-        return length(self._source) or 0
+        return self._wanted.total()
 
     @property
-    def read(self) -> Callable[[Item], Image.Image]:
+    def read(self) -> Read:
         return self._source.read
 
 

@@ -124,6 +124,17 @@ def draw(sinks: Sequence[Sink], batch: Rendered) -> Drawn:
     )
 
 
+def together(parts: Sequence[Drawn]) -> Drawn | None:
+    """What was drawn of a batch in parts; None of none."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    files, series = (
+        [np.concatenate(each) for each in zip(*kind, strict=True)]
+        for kind in zip(*parts, strict=True)
+    )
+    return Drawn(files, series)
+
+
 def encode(
     sinks: Sequence[Sink], rows: Sequence[Sequence[Row]], drawn: Drawn, about: Mapping[str, Any]
 ) -> Drawn:

@@ -130,7 +130,8 @@ class Dataset:
     """A torch map-style data set, or any sequence, of pictures or (picture, label) pairs.
 
     A picture is what `imaging.read` takes, or a tensor [3, H, W]: uint8, or floats in [0, 1].
-    Normalised tensors are refused, since the model's recipe normalises.
+    Normalised tensors are refused, since the model's recipe normalises. A label is a class index or
+    name; anything else that a data set pairs with its pictures is no label.
 
     Args:
         dataset: with `__len__` and `__getitem__`; its items are read in the worker processes.
@@ -142,28 +143,27 @@ class Dataset:
         self._name = name
 
     def __iter__(self) -> Iterator[Item]:
-        labels = getattr(self._dataset, "targets", None)
         for index in range(len(self)):
             called = f"{self._name}/{index}"
-            label = None if labels is None else int(labels[index])
-            yield Item(called, called, index, label)
+            yield Item(called, called, index)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def read(self, item: Item) -> Image.Image:
+    def read(self, item: Item) -> tuple[Image.Image, str | int | None]:
         try:
             row = self._dataset[item.image]
         except Exception as error:  # one bad row of somebody's data set does not end the run
             raise ImageError(f"the data set fails ({type(error).__name__}: {error})") from error
-        return _picture(row[0] if isinstance(row, tuple) else row)
+        picture, label = _pair(row)
+        return _picture(picture), label
 
 
 class Stream:
     """Any iterable of pictures or (picture, label) pairs, read once, in the main process.
 
     Args:
-        pictures: what `imaging.read` takes, or tensors as in `Dataset`.
+        pictures: what `imaging.read` takes, or tensors; labels too are as in `Dataset`.
         name: the pictures are called NAME/0, NAME/1, ... in the results.
     """
 
@@ -173,8 +173,8 @@ class Stream:
 
     def __iter__(self) -> Iterator[Item]:
         for index, row in enumerate(self._pictures):
-            picture, label = row if isinstance(row, tuple) else (row, None)
             called = f"{self._name}/{index}"
+            picture, label = _pair(row)
             yield Item(called, called, picture, label)
 
     @staticmethod
@@ -244,6 +244,16 @@ def read_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise SourceError(f"{file} cannot be read: {error}") from error
+
+
+def _pair(row: Any) -> tuple[Any, str | int | None]:
+    """Picture and label of a row that is a picture, or begins with both."""
+    if not isinstance(row, tuple | list):
+        return row, None
+    picture, label = (*row, None)[:2]
+    if getattr(label, "ndim", None) == 0:  # of NumPy or torch
+        label = label.item()
+    return picture, label if isinstance(label, str | int) else None
 
 
 def _picture(value: Any) -> Image.Image:

@@ -84,7 +84,8 @@ class Writer:
         if drawn is not None:
             explained = [n for n, own in enumerate(rows) if own]
             written = [pair for n in explained for pair in self._submit(rows[n], n, drawn.files)]
-            values = [np.concatenate(array[explained]) for array in drawn.series]
+            if explained:
+                values = [np.concatenate(array[explained]) for array in drawn.series]
         self._queue.put((written, values, list(failures)))
 
     def _submit(

@@ -106,7 +106,7 @@ def run(
         chunks = chunks_of(source, record, options.batch_size, summary)
         pin = options.device.type == "cuda"
         with Decoding(decoder, chunks, workers=workers, pin=pin) as decoding:
-            progress.started(total, len(record.done))
+            progress.started(total, record.done.total())
             clock = Clock()
             with Writer(record, sinks, tally) as writer:
                 while not stop.is_set():
