@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -282,6 +283,11 @@ def _timm(name: str, weights: Weights) -> LoadedModel:
     channels, height, width = config["input_size"]
     if channels != 3:
         raise ModelError(f"timm:{name} takes {channels} channels; only RGB pictures are prepared")
+    if config["crop_pct"] > 1 and config["crop_mode"] != "border":
+        raise ModelError(
+            f"timm:{name} puts pictures into a black frame (crop_pct {config['crop_pct']}), which "
+            "no recipe can; a factory may give it with a recipe of your own, as a LoadedModel"
+        )
     modes: dict[str, Resize] = {"squash": "stretch", "border": "fit"}
     recipe = Recipe(
         size=(height, width),
@@ -314,33 +320,66 @@ def _hf(name: str, weights: Weights) -> LoadedModel:
     names = model.config.id2label
     return LoadedModel(
         model,
-        _hf_recipe(f"hf:{name}", processor.to_dict()),
+        _hf_recipe(f"hf:{name}", processor),
         Classes(tuple(names[index] for index in range(len(names)))),
     )
 
 
-def _hf_recipe(spec: str, config: Mapping[str, Any]) -> Recipe:
+def _hf_recipe(spec: str, processor: Any) -> Recipe:
     """The processor's steps; only an odd margin of the crop is split the other way round."""
-    size, crop = config["size"], config.get("crop_size")
+    config, kind = processor.to_dict(), type(processor).__name__
     if not config.get("do_resize", True) or not config.get("do_normalize", True):
         raise ModelError(f"{spec} prepares pictures without resizing or normalising them")
+    try:
+        recipe = _hf_steps(spec, config, kind)
+        agree = _agree(recipe, processor)
+    except ModelError:
+        raise
+    except Exception as error:  # steps of other names, or pictures that it cannot take
+        agree, kind = False, f"{kind}: {type(error).__name__}: {error}"
+    if not agree:
+        raise ModelError(
+            f"{spec} prepares pictures by steps that no recipe has ({kind}); timm's models are "
+            "timm:hf-hub:NAME, and a factory may give others with a recipe, as a LoadedModel"
+        )
+    return recipe
+
+
+def _hf_steps(spec: str, config: Mapping[str, Any], kind: str) -> Recipe:
+    size, crop = config["size"], config.get("crop_size")
+    power = 2 if config.get("include_top") else 1  # EfficientNet divides by std once more
     recipe = functools.partial(
         Recipe,
         interpolation=Image.Resampling(config.get("resample", 2)).name.lower(),
         mean=tuple(config["image_mean"]),
-        std=tuple(config["image_std"]),
+        std=tuple(value**power for value in config["image_std"]),
     )
+    cropped = (crop["height"], crop["width"]) if config.get("do_center_crop") and crop else None
     if "height" in size:
         exact = (size["height"], size["width"])
-        return recipe(exact, "stretch", exact)
+        return recipe(cropped or exact, "stretch", exact)
     edge, fraction = size["shortest_edge"], config.get("crop_pct")
     if fraction is not None and edge >= 384:
         return recipe((edge, edge), "stretch", (edge, edge))
     if fraction is not None:
         return recipe((edge, edge), "cover", (int(edge / fraction),) * 2)
-    if config.get("do_center_crop") and crop:
-        return recipe((crop["height"], crop["width"]), "cover", (edge, edge))
+    if kind.startswith("Levit"):
+        edge = int(256 / 224 * edge)
+    if cropped:
+        return recipe(cropped, "cover", (edge, edge))
     raise ModelError(f"{spec} gives pictures of different sizes, which cannot share a batch")
+
+
+def _agree(recipe: Recipe, processor: Any) -> bool:
+    """Whether both prepare a picture alike, as far as a shift by one pixel and rounding."""
+    across, down = np.meshgrid(np.linspace(0, 255, 320), np.linspace(0, 255, 240))
+    image = Image.fromarray(np.stack([across, down, 255 - across], -1).astype(np.uint8))
+    ours = recipe.normalize(torch.from_numpy(recipe.picture(image)[None].copy()))
+    theirs = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"])
+    if ours.shape != theirs.shape:
+        return False
+    apart = (ours - theirs).abs() * torch.tensor(recipe.std)[:, None, None]
+    return bool(apart.mean() < 1.5 / min(recipe.size))
 
 
 def _factory(module: str, name: str, weights: Weights) -> LoadedModel:

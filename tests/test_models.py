@@ -314,6 +314,10 @@ def test_timm_with_more_classes_than_imagenet_1k():
         ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}),
         ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}}),
         ("CLIPImageProcessor", {}),
+        ("DeiTImageProcessor", {}),  # stretched, then cropped
+        ("EfficientNetImageProcessor", {}),  # normalised twice
+        ("LevitImageProcessor", {}),  # resized to 256 / 224 of its size
+        ("PoolFormerImageProcessor", {}),
     ],
 )
 def test_hugging_face_folder(tmp_path, processor, options):
@@ -336,6 +340,58 @@ def test_hugging_face_folder(tmp_path, processor, options):
     # the processor resizes tensors, which rounds differently from Pillow
     levels = (ours - theirs).abs() * 255 * torch.tensor(loaded.recipe.std)[:, None, None]
     assert levels.mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("processor", "options", "message"),
+    [
+        ("MobileViTImageProcessor", {}, "no recipe has .MobileViT"),  # BGR
+        ("MobileViTImageProcessor", {"do_normalize": False}, "without resizing or normalising"),
+        ("PerceiverImageProcessor", {}, "no recipe has .Perceiver.*resize_to must be at least"),
+        ("ViTImageProcessor", {"rescale_factor": 1 / 127.5}, "no recipe has .ViT"),
+        ("ViTImageProcessor", {"size": {"longest_edge": 64}}, "no recipe has .ViT.*KeyError"),
+        ("BitImageProcessor", {"do_center_crop": False}, "of different sizes"),
+    ],
+)
+def test_hugging_face_processors_that_no_recipe_follows(tmp_path, processor, options, message):
+    transformers = pytest.importorskip("transformers")
+    transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(
+        tmp_path
+    )
+    getattr(transformers, processor)(**options).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        models.load(f"hf:{tmp_path}", weights="none")
+
+
+def test_hugging_face_crops_with_an_odd_margin():
+    transformers = pytest.importorskip("transformers")
+    # it may lie a pixel aside
+    for crop in (30, 31):
+        processor = transformers.BitImageProcessor(size={"shortest_edge": 38}, crop_size=crop)
+        recipe = models._hf_recipe("hf:x", processor)
+        assert (recipe.size, recipe.resize_to) == ((crop, crop), (38, 38))
+
+
+def test_timm_models_on_the_hub_are_named_as_such(tmp_path):
+    timm = pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    config = timm.create_model("resnet18").pretrained_cfg
+    transformers.TimmWrapperConfig(
+        architecture="resnet18", pretrained_cfg=config, model_args={}
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"TimmWrapper.*timm's models are timm:hf-hub:NAME"):
+        models.load(f"hf:{tmp_path}", weights="none")
+
+
+def test_timm_models_that_see_a_frame_are_refused(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    framed = {"crop_pct": 1.15}  # as of volo_d5_448
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, **k: create(*a, **k, pretrained_cfg_overlay=framed)
+    )
+    with pytest.raises(ModelError, match=r"into a black frame .crop_pct 1\.15"):
+        models.load("timm:resnet18", weights="none")
 
 
 def test_hash_is_of_names_types_shapes_and_values():
