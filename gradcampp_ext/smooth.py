@@ -75,7 +75,8 @@ class PowerSums:
                 below 0 where M1 is positive; None is True. False is the formula above, whose
                 denominator has poles.
             eps: what other implementations add to the denominator; None is 0.
-        Raises: ValueError if no gradients were added, or eps is negative or not finite.
+        Raises: ValueError if no gradients were added, or eps is negative or not finite; TypeError
+            if rectify is none of these.
         """
         if self._sums is None:
             raise ValueError("no gradients were added: there is nothing to make weights from")
@@ -84,7 +85,7 @@ class PowerSums:
             self._activations,
             self._sums.expand(*self._sums.shape[:4], *space),
             self.copies,
-            rectify is not False,
+            _rectified(rectify),
             checks.eps(methods.get("gradcampp"), eps),
         )
         return weights.squeeze(1) if self._single else weights
@@ -112,7 +113,7 @@ class PowerSums:
             normalize=normalize,
             interpolation=interpolation,
             relu=relu,
-            rectify=rectify is not False,
+            rectify=_rectified(rectify),
         )
 
     def _room(self, by_copy: Tensor, single: bool) -> Tensor:
@@ -141,3 +142,7 @@ class PowerSums:
             return []
         sizes = zip(self._sums.shape[4:], self._activations.shape[2:], strict=True)
         return [dim for dim, (kept, length) in enumerate(sizes, start=4) if kept != length]
+
+
+def _rectified(rectify: bool | None) -> bool:
+    return True if rectify is None else checks.flag("rectify", rectify)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import devices
@@ -86,6 +87,14 @@ def test_a_negative_third_power_has_no_pole_unless_asked_for():
     literal = sums.channel_weights(rectify=False).item()
     assert literal == pytest.approx(4 * m1 * m2 / (2 * m2 + 4 * m3), rel=1e-6)
     assert literal < 0
+    assert sums.channel_weights(rectify=np.False_).item() == literal
+    assert torch.equal(
+        sums.cam(rectify=np.False_, relu=False, normalize=None),
+        sums.cam(rectify=False, relu=False, normalize=None),
+    )
+    for call in (sums.channel_weights, sums.cam):
+        with pytest.raises(TypeError, match="rectify must be True or False, got 0"):
+            call(rectify=0)
 
 
 @pytest.mark.parametrize("device", devices())
