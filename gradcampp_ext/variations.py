@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain, combinations, product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -131,11 +132,16 @@ class Smooth(Variations):
         return self.samples
 
     def apply(self, images: Tensor, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + number)
+        generator = torch.Generator().manual_seed(mixed(self.seed, number))
         noise = torch.randn(images.shape[1:], generator=generator).to(images)
         dims = tuple(range(1, images.dim()))
         spread = images.amax(dims, keepdim=True) - images.amin(dims, keepdim=True)
         return images + self.std * spread * noise
+
+
+def mixed(seed: int, number: int) -> int:
+    """A seed of 32 bits, all that torch looks at on a CPU, for each seed and number."""
+    return int(np.random.SeedSequence(seed % 2**64, spawn_key=(number,)).generate_state(1)[0])
 
 
 @dataclass(frozen=True)

@@ -305,6 +305,18 @@ def test_cascade_takes_the_weights_from_the_top_and_leaves_the_model_alone(netwo
         randomization.stages(nn.ReLU())
 
 
+def test_seeds_of_cascades_share_no_weights():
+    alike = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+    def weights(seed: int) -> list[torch.Tensor]:
+        stages = randomization.cascade(alike, seed=seed)
+        return [dict(copied.named_modules())[stage.name].weight.clone() for stage, copied in stages]
+
+    made = [weight for seed in (0, 1, 4096) for weight in weights(seed)]
+    assert len({tuple(weight.flatten().tolist()) for weight in made}) == 9
+    torch.testing.assert_close(weights(1), made[3:6], rtol=0, atol=0)
+
+
 def test_parameters_of_layers_that_cannot_reset_themselves():
     class Token(nn.Module):
         def __init__(self) -> None:

@@ -70,7 +70,10 @@ def test_noise() -> None:
     torch.testing.assert_close(noise.std((1, 2, 3)), torch.tensor([0.2, 2.0]), rtol=0.02, atol=0)
     torch.testing.assert_close(noise[0] * 10, noise[1], rtol=1e-2, atol=1e-2)  # alike for all
     assert not torch.equal(Smooth().apply(images, 0), Smooth().apply(images, 1))
-    assert torch.equal(Smooth(seed=1).apply(images, 0), Smooth(seed=0).apply(images, 1))
+    seeds = (0, 1, 2, 4096, 2**32, 2**44, -1)
+    made = [Smooth(seed=seed).apply(images, number) for seed in seeds for number in range(3)]
+    assert len({tuple(each[0, 0, 0].tolist()) for each in made}) == len(made)
+    assert torch.equal(Smooth(seed=1).apply(images, 2), made[5])
 
 
 def test_random_state_is_left_alone() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gradcampp_ext.variations import mixed
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -66,7 +68,7 @@ def cascade(
     for number, stage in enumerate(groups):
         devices = {p.device for p in randomised.parameters() if p.is_cuda}
         with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            torch.manual_seed(seed + number)
+            torch.manual_seed(mixed(seed, number))
             for name in stage.layers:
                 _forget(modules[name])
         yield stage, randomised
