@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradcampp_ext import head, layers, methods
+from gradcampp_ext import checks, head, layers, methods
 from gradcampp_ext.capture import Capture, Site, inference
 from gradcampp_ext.explainer import Explainer
-from gradcampp_ext.targets import Output, select
+from gradcampp_ext.targets import Output, check_topk, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,8 @@ class ExplainedModel(nn.Module):
             activations = activations.relu()
         if self.method == "gradcampp":
             mean = activations.flatten(2).mean(2).unsqueeze(1)
-            weight = weight.relu() / (2 + mean * weight)
+            weight = weight.relu()
+            weight = weight / (2 + mean * weight)  # 2 at least, since the mean is of a ReLU
         elif self.method in ("gradcampp_normalized", "layercam"):
             weight = weight.relu()
         maps: Tensor = weight @ activations.flatten(2)
@@ -109,7 +110,8 @@ def export_explainer(
         output: the part of the model's output that is the logits, as for ``Explainer``.
         topk: maps of the K largest logits; None for every class.
         size: of the maps; None keeps that of the layer.
-    Raises: ValueError if the head or the method is another; errors of ``Explainer``.
+    Raises: ValueError if the head or the method is another, or topk or size does not fit; errors
+        of ``Explainer``.
     """
     if method not in METHODS:
         raise ValueError(
@@ -130,6 +132,9 @@ def export_explainer(
                 "pooling, or use gradcampp_ext.Explainer"
             )
         layout = layers.layout(model, site, shape, (example,), {})
+        maps = layout(capture.activations[0])
+    if topk is not None:
+        check_topk(topk, logits.shape[1])
     return ExplainedModel(
         model,
         site,
@@ -138,5 +143,5 @@ def export_explainer(
         method=method,
         output=output,
         topk=topk,
-        size=None if size is None else tuple(size),
+        size=None if size is None else tuple(checks.size(size, maps.dim() - 2)),
     )

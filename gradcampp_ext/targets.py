@@ -166,16 +166,18 @@ def resolve(
     return Scores(classes, table.gather(1, classes), probabilities.gather(1, classes), predicted)
 
 
+def check_topk(topk: int, count: int) -> None:
+    if not 1 <= topk <= count:
+        raise ValueError(f"topk must be from 1 to the {count} classes of the output, got {topk}")
+
+
 def _classes(table: Tensor, targets: Targets, topk: int | None) -> Tensor:
     """Class indices [N, K] on the table's device."""
     batch, count = table.shape
     if topk is not None:
         if targets is not None:
             raise ValueError("targets and topk exclude each other: give one of them")
-        if not 1 <= topk <= count:
-            raise ValueError(
-                f"topk must be from 1 to the {count} classes of the output, got {topk}"
-            )
+        check_topk(topk, count)
         return table.detach().topk(topk).indices
     if targets is None:
         return table.detach().argmax(1, keepdim=True)

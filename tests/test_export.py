@@ -48,6 +48,20 @@ def test_every_class() -> None:
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-5)
 
 
+def test_a_denominator_is_never_zero_where_the_weight_is_negative() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)
+    )
+    with torch.no_grad():
+        for parameter, value in zip(
+            model.parameters(), (1.0, 0.0, [[-1.0], [1.0]], 0.0), strict=True
+        ):
+            parameter.copy_(torch.tensor(value))
+    images = torch.tensor([[[[1.0, 3.0]]]])  # a mean of 2
+    _, maps = export_explainer(model, "0", example=images, topk=None)(images)
+    assert torch.equal(maps, Explainer(model, "0").all_classes(images).maps)
+
+
 def test_channels_that_come_last() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -110,3 +124,18 @@ def test_onnx() -> None:
 def test_errors(layer, method, message) -> None:
     with pytest.raises(ValueError, match=message):
         export_explainer(Network(), layer, method, example=IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 0}, "topk must be from 1 to the 5 classes of the output, got 0"),
+        ({"topk": 9}, "topk must be from 1 to the 5 classes of the output, got 9"),
+        ({"size": 224}, "size must be 2 positive integers, in pixels, got 224"),
+        ({"size": (4, 17, 21)}, "size must be 2 positive integers, in pixels, got .4, 17, 21."),
+        ({"size": (0, 21)}, "size must be 2 positive integers"),
+    ],
+)
+def test_options_that_do_not_fit(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_explainer(Network(), example=IMAGES, **options)
