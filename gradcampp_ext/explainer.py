@@ -357,7 +357,7 @@ class Explainer:
 
     def _gradients(self, run: _Run) -> Iterator[list[Tensor]]:
         closed = None if self._by_weights is False else run.closed_form()
-        if closed is not None and self._by_weights is None:
+        if closed is not None and self._by_weights is None and len(run.scores.values):
             self._by_weights = run.agrees(closed)
         if closed is not None and self._by_weights:
             yield closed

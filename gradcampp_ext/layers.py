@@ -166,7 +166,8 @@ def default(
         if any(gradient is not None for gradient in gradients):
             raise CaptureError(
                 "target_layer=None found no layer whose patches the predicted class depends on "
-                "(are the weights of the head zero, as before training?); name one"
+                "(are the weights of the head zero, as before training? is the batch empty?); "
+                "name one"
             )
     raise CaptureError(
         "target_layer=None found no layer with maps in this model; name one "

@@ -191,14 +191,14 @@ def _classes(table: Tensor, targets: Targets, topk: int | None) -> Tensor:
             f"targets must be one class for all, or [{batch}] or [{batch}, K] for this batch of "
             f"{batch}, got {list(classes.shape)}"
         )
-    classes = classes.reshape(batch, -1)
-    if classes.numel() == 0:
+    classes = classes if classes.dim() == 2 else classes.unsqueeze(1)
+    if classes.shape[1] == 0:
         raise ValueError("targets must hold at least one class a sample, got none")
-    low, high = int(classes.min()), int(classes.max())
-    if low < 0 or high >= count:
+    wrong = classes[(classes < 0) | (classes >= count)]
+    if len(wrong):
         raise ValueError(
             f"targets must be classes from 0 to {count - 1}, as the output has {count}, "
-            f"got {low if low < 0 else high}"
+            f"got {int(wrong[0])}"
         )
     return classes.to(table.device)
 
@@ -246,7 +246,7 @@ def _table(output: Any, batch: int) -> Tensor | None:
     """The output as [N, classes], or None if it has another shape."""
     if not isinstance(output, torch.Tensor) or output.shape[:1] != (batch,) or output.dim() > 2:
         return None
-    return output.reshape(batch, -1)
+    return output if output.dim() == 2 else output.unsqueeze(1)
 
 
 def _only(returned: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from gradcampp_ext import explainer as module
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
 from gradcampp_ext.targets import Contrast, LabelSum, LogProbability
-from gradcampp_ext.variations import Augment, Smooth
+from gradcampp_ext.variations import Augment, Smooth, Variations
 
 
 class Network(nn.Module):
@@ -68,6 +69,28 @@ def test_maps_equal_the_oracle(layer: str, method: str) -> None:
     assert torch.equal(explanation.probabilities, output.softmax(1)[:, [0, 3]])
     assert torch.equal(explanation.predicted, output.argmax(1))
     assert not explanation.scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({}, 1), ({"targets": 1}, 1), ({"targets": "all"}, 5), ({"topk": 2}, 2),
+     ({"targets": torch.empty(0, 3, dtype=torch.long)}, 3), ({"targets": LabelSum((0,))}, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("average", [None, Smooth(3), Smooth(3, powers=True), Augment()], ids=str)
+def test_empty_batch(average: Variations | None, options: dict[str, Any], count: int) -> None:
+    explanation = Explainer(Network(), "late", average=average)(IMAGES[:0], **options)
+    assert explanation.maps.shape == (0, count, 16, 20)
+    assert explanation.scores.shape == (0, count)
+    assert explanation.layer == "late"
+
+
+def test_an_empty_batch_does_not_tell_how_gradients_are_found() -> None:
+    model = Network()
+    explainer = Explainer(model)
+    explainer(IMAGES[:0])
+    assert explainer._by_weights is None
+    explainer(IMAGES)
+    assert explainer._by_weights
 
 
 @pytest.mark.parametrize("device", devices())
