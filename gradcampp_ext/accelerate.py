@@ -164,12 +164,12 @@ class _Swap:
         self._replace(self._swapped)
 
     def end(self) -> None:
-        self._replace({swapped: original for original, swapped in self._swapped.items()})
         for original, init in self._inits.items():
             if init is None:
                 del original.__init__  # type: ignore[misc]
             else:
                 original.__init__ = init  # type: ignore[misc]
+        self._replace({swapped: original for original, swapped in self._swapped.items()})
 
     def _replace(self, new: dict[Any, type]) -> None:
         """In the namespaces of the peer's modules, and the defaults of their functions."""
@@ -203,7 +203,11 @@ def _begin(peer: str) -> None:
     swap = _active.get(peer)
     if swap is None:
         swap = _Swap(peer)
-        swap.begin()
+        try:
+            swap.begin()
+        except BaseException:
+            swap.end()
+            raise
         _active[peer] = swap
     swap.users += 1
 

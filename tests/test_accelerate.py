@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -131,6 +134,24 @@ def test_nested_and_repeated() -> None:
     assert peer.GradCAM is not original
     second.stop()
     assert peer.GradCAM is original
+
+
+def test_nothing_is_left_of_a_start_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("gradcampp_ext.accelerate")
+    before, init = everything(), peer.GradCAM.__init__
+    functions, calls = module._functions, itertools.count()
+
+    def broken(of: ModuleType) -> Iterator[FunctionType]:
+        if next(calls) == 3:  # some modules are swapped
+            raise MemoryError
+        return functions(of)
+
+    monkeypatch.setattr(module, "_functions", broken)
+    with pytest.raises(MemoryError):
+        gx.accelerate("pytorch_grad_cam")
+    assert everything() == before
+    assert peer.GradCAM.__init__ is init
+    assert module._active == {}
 
 
 def test_from_many_threads() -> None:
