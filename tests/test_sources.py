@@ -367,6 +367,11 @@ def test_hugging_face_specs(tmp_path, pictures, cache):
     assert labels(f"hf:{tmp_path / 'two'}@test") == ["dog", None]
     assert next(iter(hub.load(f"hf:{tmp_path / 'two'}@test"))).path == "two/test/0"
     assert labels(f"hf:{folder}") == ["dog", "kite", "kite"]
+    (tmp_path / "one").rename(tmp_path / "one@home")
+    assert labels(f"hf:{tmp_path / 'one@home'}") == ["dog", None] * 5
+    (tmp_path / "two").rename(tmp_path / "t@wo")
+    assert labels(f"hf:{tmp_path / 't@wo'}@test") == ["dog", None]
+    (tmp_path / "t@wo").rename(tmp_path / "two")
     assert labels(f"hf-stream:{folder}@train") == ["dog", "kite", "kite"]
     assert labels(f"hf-stream:{tmp_path / 'two'}@test") == ["dog", None]
     with pytest.raises(batch.SourceError, match=r"choose a split by @SPLIT, one of train, test"):

@@ -104,7 +104,8 @@ def load(spec: str, classes: Classes | None = None) -> HuggingFace:
         SourceError: it cannot be loaded.
     """
     scheme, _, rest = spec.partition(":")
-    name, at, split = rest.rpartition("@") if "@" in rest else (rest, "", "")
+    splits = "@" in rest and not Path(rest).exists()  # else it belongs to the folder's name
+    name, at, split = rest.rpartition("@") if splits else (rest, "", "")
     config: str | None = None
     if not Path(name).exists():
         name, _, config = name.partition(":")
