@@ -75,7 +75,20 @@ def channel_weights(
     temperature: float = 1.0,
     threads: int | None = None,
 ) -> Array:
-    """Channel weights, [N, C] or [N, K, C]; ``gradcampp_ext.channel_weights`` describes them."""
+    """Channel weights from arrays; ``gradcampp_ext.channel_weights`` describes the rest.
+
+    Args:
+        activations: [N, C, *S], float16, float32 or float64.
+        gradients: [N, C, *S] or [N, K, C, *S], dtype of activations.
+        threads: how many threads this call may use; None: one for each processor the process has.
+
+    Returns:
+        [N, C] or [N, K, C], float32, or float64 for float64 input.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or options do not fit, or the method has no channel weights.
+    """
     row = checks.channelwise(method)
     single, activations, gradients = _check_pair(activations, gradients)
     weights: Array = _numpy.channel_weights(

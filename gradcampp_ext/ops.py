@@ -197,7 +197,7 @@ def channel_weights(
 
     Returns:
         [N, C] for gradients [N, C, *S], [N, K, C] for [N, K, C, *S]; float32, or float64 for
-        float64 input.
+        float64 input. Detached: unlike the maps of `cam` they cannot be differentiated.
 
     Raises:
         TypeError, ValueError: as `cam`; ValueError for a method without channel weights.

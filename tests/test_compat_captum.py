@@ -221,6 +221,13 @@ def test_errors_of_targets_are_captums(target: Any, message: str) -> None:
             attribute(model, model.late, IMAGES, target)
 
 
+def test_an_output_that_is_missing_is_captums_error() -> None:
+    model = Small()
+    for attribute in (peer, ours):
+        with pytest.raises(IndexError, match="index 99 is out of bounds"):
+            attribute(model, model.late, IMAGES, 99)
+
+
 def test_layer_that_does_not_run() -> None:
     model = Small()
     with pytest.raises(AssertionError, match="Forward hook did not obtain any outputs"):

@@ -83,8 +83,8 @@ class _FusedLayerCam(captum.attr.LayerAttribution, captum.attr.GradientAttributi
             grad_kwargs: for ``torch.autograd.grad``.
         Returns: [N, 1, *S], or [N, C, *S] with channels apart; float32 (float64 for float64
             layers), detached. A tuple if the layer gives several tensors.
-        Raises: AssertionError, as captum, if a target does not fit the output, or the layer did
-            not run.
+        Raises: as captum, AssertionError if a target's form does not fit the output, or the layer
+            did not run; IndexError if there is no such output.
         """
         with ExitStack() as hooks:
             forward_func = self.forward_func

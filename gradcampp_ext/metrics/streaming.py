@@ -242,6 +242,6 @@ class RandomizationCheck(_Mean):
         super().__init__(shape=(stages,), **kwargs)
 
     def update(self, maps: Tensor, randomised: Tensor) -> None:
-        """Maps [N, *S], and the same after each stage, [stages, N, *S]."""
+        """Maps [N, H, W], and the same after each stage, [stages, N, H, W]."""
         each = [agreement.rank_correlation(maps, stage) for stage in randomised]
         self._add(torch.stack(each, 1))
