@@ -260,7 +260,7 @@ def test_sensitivity_and_randomisation(pictures, model, tmp_path):
     found = run(
         pictures, model, tmp_path / "out", methods=("gradcampp", "random", "center"),
         layers=("second",), metrics=("sensitivity", "randomization"),
-        samples=3, radius=0.1, stages=3,
+        samples=3, radius=0.1,
     )  # fmt: skip
     assert sum(model.model.passes[:1]) == 4
     for name, value in model.model.state_dict().items():
@@ -418,10 +418,10 @@ def test_localisation_counts_pictures_with_boxes(pictures, model, tmp_path):
         ({"target": "3"}, "target must be one of predicted, label"),
         ({"deletion_to": "white"}, "deletion_to must be one of zero, black, mean, blur"),
         ({"road_shares": (0.5, 1.0)}, "road_shares must be above 0 and below 1"),
-        ({"steps": 0}, "steps, samples and batch_size must be at least 1"),
+        ({"steps": 0}, "steps, samples, stages and batch_size must be at least 1"),
         ({"steps": 600, "metrics": ("deletion",)}, "steps must be from 1 to the 576 pixels"),
         ({"radius": 0}, "radius above 0"),
-        ({"stages": 4, "metrics": ("randomization",)}, "count must be from 1 to the 3 layers"),
+        ({"stages": 0}, "stages and batch_size must be at least 1 .* got 32, 10, 0, "),
     ],
 )  # fmt: skip
 def test_bad_options_say_why(pictures, model, tmp_path, options, message):

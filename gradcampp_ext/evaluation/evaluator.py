@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gradcampp_ext.explainer import Captured
     from gradcampp_ext.models import LoadedModel
 
-Spaces: dict[str, Baseline] = {"input": "zero", "pixels": "black"}
+_BOTTOMS: dict[str, Baseline] = {"input": "zero", "pixels": "black"}  # zero of each space
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Options:
         tolerance: of the pointing game, in pixels of the network's input.
         samples: of max-sensitivity.
         radius: of max-sensitivity, in units of the normalised input.
-        stages: of the randomisation; None for one a layer with weights.
+        stages: of the randomisation, at most; None for one a layer with weights.
         seed: of ROAD's noise, the noise of max-sensitivity and the random weights.
         device: where the network runs.
         dtype: in what the network runs.
@@ -99,7 +99,7 @@ class Options:
             raise ValueError(f"metrics must be of {', '.join(METRICS)}; got {got}")
         for name, choices in (
             ("target", ("predicted", "label")),
-            ("space", tuple(Spaces)),
+            ("space", tuple(_BOTTOMS)),
             ("insertion_from", BASELINES),
             ("deletion_to", BASELINES),
         ):
@@ -111,10 +111,11 @@ class Options:
             raise ValueError(
                 f"road_shares must be above 0 and below 1, got {list(self.road_shares)}"
             )
-        if min(self.steps, self.samples, self.batch_size) < 1 or (self.workers or 0) < 0:
+        counts = self.steps, self.samples, self.stages, self.batch_size
+        if any(count is not None and count < 1 for count in counts) or (self.workers or 0) < 0:
             raise ValueError(
-                "steps, samples and batch_size must be at least 1 and workers at least 0; got "
-                f"{self.steps}, {self.samples}, {self.batch_size} and {self.workers}"
+                "steps, samples, stages and batch_size must be at least 1 and workers at least 0; "
+                f"got {', '.join(map(str, counts))} and {self.workers}"
             )
         if not (self.tolerance >= 0 and self.radius > 0):
             raise ValueError(
@@ -158,7 +159,9 @@ class Evaluator:
         self.layers: tuple[str, ...] = ()
         self.stages: tuple[str, ...] = ()
         if "randomization" in options.metrics:
-            self.stages = tuple(stage.name for stage in stages(network, options.stages))
+            layers = len(stages(network))
+            count = min(options.stages or layers, layers)
+            self.stages = tuple(stage.name for stage in stages(network, count))
         self._size = model.recipe.size
         if "insertion" in options.metrics or "deletion" in options.metrics:
             perturbation.schedule(self._size[0] * self._size[1], options.steps)
@@ -240,7 +243,7 @@ class Evaluator:
 
         table.add("complexity", torch.stack(list(map(agreement.complexity, maps))))
         jobs = _Collection(self._network, options.batch_size)
-        bottom = self._baseline(images, Spaces[options.space])
+        bottom = self._baseline(images, _BOTTOMS[options.space])
         behind = None
         if "coherency" in wanted:
             behind, again = self._once_more(images, maps, bottom, classes, seeds)
@@ -472,7 +475,7 @@ class Evaluator:
     ) -> None:
         options, found = self._options, []
         true = self._maps_of(captured, seeds, None)
-        for _, network in cascade(self._network, count=options.stages, seed=options.seed):
+        for _, network in cascade(self._network, count=len(self.stages), seed=options.seed):
             blank = Explainer(network, list(self.layers), head="autograd")
             made = self._maps_of(blank.capture(images, classes[:, None]), seeds, None)
             pairs = zip(chain.from_iterable(true), chain.from_iterable(made), strict=True)
