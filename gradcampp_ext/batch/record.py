@@ -29,10 +29,9 @@ from gradcampp_ext.batch.provenance import about, identity
 RESULTS, ERRORS, SETTINGS = "results.jsonl", "errors.jsonl", "run.json"
 RESULTS_TABLE, MAP_SETS = "results.parquet", ("maps.parquet", "maps.zarr")
 EVALUATION = "evaluation.json"  # comes last of what an evaluation ends with
-_EVALUATED = (
-    *("bars.png", "wins.png", "curves.png", "randomization.png", "disagreements.jpg"),
-    *("evaluation.csv", EVALUATION),
-)
+BARS, WINS, CURVES, RANDOMIZATION = "bars.png", "wins.png", "curves.png", "randomization.png"
+DISAGREEMENTS, MEANS = "disagreements.jpg", "evaluation.csv"
+_EVALUATED = BARS, WINS, CURVES, RANDOMIZATION, DISAGREEMENTS, MEANS, EVALUATION
 REPORT = "report"  # folder of the report
 _PARTIAL = ".partial"
 _LIKE_OUTPUT = r"(?i)\.(jpg|png|webp|npy)$"  # a folder called like a file would be in its way

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gradcampp_ext import imaging
-from gradcampp_ext.batch import provenance
+from gradcampp_ext.batch import provenance, record
 from gradcampp_ext.batch.decode import Decoder
 from gradcampp_ext.evaluation.summary import layers_of
 
@@ -31,14 +32,14 @@ def draw(result: dict[str, Any], told: Mapping[str, Any]) -> dict[str, bytes]:
 
     `told` is what they say of themselves, see `gradcampp_ext.batch.provenance.about`.
     """
-    figures = {"bars.png": _bars(result)}
+    figures = {record.BARS: _bars(result)}
     if len(result["settings"]["methods"]) > 1 and "wins" in result:
-        figures["wins.png"] = _wins(result)
+        figures[record.WINS] = _wins(result)
     kinds = {curve["curve"] for curve in result["curves"]}
     if kinds - {"randomization"}:
-        figures["curves.png"] = _curves(result)
+        figures[record.CURVES] = _curves(result)
     if "randomization" in kinds:
-        figures["randomization.png"] = _randomization(result)
+        figures[record.RANDOMIZATION] = _randomization(result)
     return {name: _png(figure, told) for name, figure in figures.items()}
 
 
@@ -94,7 +95,7 @@ def disagreements(
             ink.text((left, top + _TILE + 2), _short(caption), fill="black", font=font)
     file = io.BytesIO()
     sheet.save(file, "JPEG", quality=90, exif=provenance.exif(told))
-    return {"disagreements.jpg": file.getvalue()}
+    return {record.DISAGREEMENTS: file.getvalue()}
 
 
 def _short(text: str) -> str:
@@ -186,7 +187,7 @@ def _curves(result: dict[str, Any]) -> Figure:
     }
     layers = layers_of(result)
     figure, axes = _figure(len(layers), len(shares), (4 * len(shares), 3 * len(layers)))
-    for (line, layer), (column, kind) in _grid(layers, list(shares)):
+    for (line, layer), (column, kind) in product(enumerate(layers), enumerate(shares)):
         axis = axes[line, column]
         for method, mean in _of(result, layer, kind):
             axis.plot(shares[kind], mean, label=method, linewidth=1.2)
@@ -214,14 +215,6 @@ def _randomization(result: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.25)
     axes[0, 0].legend(fontsize=7)
     return figure
-
-
-def _grid(
-    layers: Sequence[str], kinds: Sequence[str]
-) -> Iterator[tuple[tuple[int, str], tuple[int, str]]]:
-    for layer in enumerate(layers):
-        for kind in enumerate(kinds):
-            yield layer, kind
 
 
 def _of(result: dict[str, Any], layer: str, kind: str) -> Iterator[tuple[str, list[float]]]:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from gradcampp_ext.batch import report
-from gradcampp_ext.batch.record import EVALUATION, parsed
+from gradcampp_ext.batch import record, report
 from gradcampp_ext.evaluation.summary import Result, layers_of, table, wins_table
 
 _PLOTS = {  # of wins there is a table
-    "bars.png": "Means with intervals",
-    "curves.png": "Curves",
-    "randomization.png": "Maps of networks that lose their weights",
-    "disagreements.jpg": "The images on which maps differ most in what they keep",
+    record.BARS: "Means with intervals",
+    record.CURVES: "Curves",
+    record.RANDOMIZATION: "Maps of networks that lose their weights",
+    record.DISAGREEMENTS: "The images on which maps differ most in what they keep",
 }
 
 
@@ -34,9 +33,9 @@ def build(folder: Path, *, title: str | None = None) -> Path:
     Raises: what `gradcampp_ext.batch.report.build` raises; ValueError: evaluation.json is damaged.
     """
     sections = {}
-    file = folder / EVALUATION
+    file = folder / record.EVALUATION
     if file.is_file():
-        result = parsed(file.read_bytes(), file)
+        result = record.parsed(file.read_bytes(), file)
         try:
             sections["Scores"] = _scores(result)
         except (*report.DAMAGE, StopIteration, ValueError) as error:

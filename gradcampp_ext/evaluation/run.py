@@ -6,6 +6,7 @@ goes on where an earlier one was stopped or killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from dataclasses import dataclass
@@ -182,7 +183,5 @@ def settings(model: LoadedModel, options: Options, boxes: Annotations | None) ->
 
 def _digest(boxes: Annotations | None) -> str:
     """Of the boxes without their paths, so that it is the same in another folder."""
-    import hashlib
-
     ordered = sorted(json.dumps(each) for each in (boxes or {}).values())
     return hashlib.sha256("\n".join(ordered).encode()).hexdigest()

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gradcampp_ext.batch.record import EVALUATION, MEANS
 from gradcampp_ext.evaluation.measures import MEASURES, WINS
 from gradcampp_ext.metrics import confidence
 
@@ -130,7 +131,7 @@ def files(result: Result) -> dict[str, bytes]:
     writer.writeheader()
     writer.writerows(result["summary"])
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    return {"evaluation.json": text.encode(), "evaluation.csv": table.getvalue().encode()}
+    return {EVALUATION: text.encode(), MEANS: table.getvalue().encode()}
 
 
 def layers_of(result: Result) -> list[str]:
