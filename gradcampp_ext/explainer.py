@@ -227,7 +227,8 @@ class Explainer:
         self._fuse = fuse
         self._average = average
         self._activation = activation
-        self._by_weights = None if head == "auto" else False  # None: not yet compared
+        self._head = head
+        self._by_weights: dict[tuple[Site, ...], bool] = {}  # that were compared
         self._options: dict[str, Any] = {
             "normalize": normalize,
             "interpolation": interpolation,
@@ -239,6 +240,7 @@ class Explainer:
         self._cam(torch.ones(1, 1, 1), torch.ones(1, 1, 1), None)  # the op checks its options
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._image_sizes: dict[tuple[int, ...], list[int]] = {}
+        self._default_sites: dict[tuple[int, ...], tuple[Site, ...]] = {}
 
     def __call__(
         self,
@@ -319,9 +321,13 @@ class Explainer:
         return tuple(layers.find(self.model, layer) for layer in target_layer)
 
     def _located(self, args: Args, kwargs: Kwargs) -> tuple[Site, ...]:
-        if self._sites is None:
-            self._sites = (layers.default(self.model, args, kwargs, self._top_score),)
-        return self._sites
+        if self._sites is not None:
+            return self._sites
+        shape = layers.image_of(args, kwargs).shape[1:]
+        if shape not in self._default_sites:
+            site = layers.default(self.model, args, kwargs, self._top_score, self._tokens)
+            self._default_sites[shape] = (site,)
+        return self._default_sites[shape]
 
     def _top_score(self, returned: Any) -> Tensor:
         output = select(returned, self.output)
@@ -356,10 +362,12 @@ class Explainer:
         return _Run(capture, layouts, output, scores, self._image_sizes[image.shape[1:]])
 
     def _gradients(self, run: _Run) -> Iterator[list[Tensor]]:
-        closed = None if self._by_weights is False else run.closed_form()
-        if closed is not None and self._by_weights is None and len(run.scores.values):
-            self._by_weights = run.agrees(closed)
-        if closed is not None and self._by_weights:
+        sites = tuple(run.capture.sites)
+        by_weights = self._by_weights.get(sites) if self._head == "auto" else False
+        closed = None if by_weights is False else run.closed_form()
+        if closed is not None and by_weights is None and len(run.scores.values):
+            by_weights = self._by_weights[sites] = run.agrees(closed)
+        if closed is not None and by_weights:
             yield closed
         else:
             yield from run.gradients()

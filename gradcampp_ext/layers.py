@@ -32,12 +32,17 @@ MAX_PREFIX = 8  # class, distillation and register tokens before the patches; DI
 
 @dataclass(frozen=True)
 class Call:
-    """A module that ran in a forward pass: what went in and what came out, as shapes."""
+    """A module that ran in a forward pass: what went in and what came out, as shapes.
+
+    Attributes:
+        mark: a number that another output hardly has, where it was asked for.
+    """
 
     name: str
     module: nn.Module
     taken: tuple[int, ...]
     shape: tuple[int, ...]
+    mark: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,24 +140,33 @@ def default(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     score: Callable[[Any], Tensor],
+    tokens: Sequence[int] | None = None,
 ) -> Site:
     """The input of the global pooling, or else the last layer with maps, before the last weights.
 
     Behind those, maps are the classes' own: what a fully convolutional head gives. Where a class
     token alone decides after the last attention, it is the last normalization at which the
-    patches still count. ``score`` takes what the model returns to one score a sample, [N, 1].
+    patches still count. What the image does not change, such as the layers of a text beside it,
+    is left out.
+
+    Args:
+        score: takes what the model returns to one score a sample, [N, 1].
+        tokens: as for `layout`; then it is a layer that gives such tokens.
     """
     image = image_of(args, kwargs)
-    calls = trace(model, args, kwargs)
+    calls = _of_the_image(model, args, kwargs)
     learned = [index for index, call in enumerate(calls) if call.module._parameters]
     sites = _sites(calls[: max(learned, default=0)], image) or _sites(calls, image)
     sites.sort(key=lambda pair: _lies_over(pair[1], image))  # attention's [N, heads, T, T] first
     for site, shape in reversed(sites):
-        if len(shape) == image.dim():
-            return site
-        tokens = _patches(shape, image, calls)
         if tokens is None:
+            found = _patches(shape, image, calls) if len(shape) < image.dim() else Layout()
+        else:
+            found = _told(shape, tokens)
+        if found is None:
             continue
+        if found.prefix is None:
+            return site
         norms = [
             Site(call.name, call.module)
             for call in reversed(calls)
@@ -161,7 +175,7 @@ def default(
         with inference(model), Capture([site, *norms]) as capture:
             gradients = derivatives(score(model(*args, **kwargs)), capture.edges)
         for used, gradient in zip(capture.sites, gradients, strict=True):
-            if gradient is not None and tokens(gradient).any():
+            if gradient is not None and found(gradient).any():
                 return used
         if any(gradient is not None for gradient in gradients):
             raise CaptureError(
@@ -170,12 +184,42 @@ def default(
                 "name one"
             )
     raise CaptureError(
-        "target_layer=None found no layer with maps in this model; name one "
-        "(gradcampp_ext.layers.candidates lists them)"
+        f"target_layer=None found no layer with maps in this model for images {list(image.shape)}; "
+        "name one (gradcampp_ext.layers.candidates lists them), with tokens=(prefix, height, "
+        "width) if it gives tokens. Modules that run more than once are left out"
     )
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Call]:
+def _of_the_image(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Call]:
+    """`trace`, without what another image leaves as it is."""
+    if len(args) + len(kwargs) == 1:
+        return trace(model, args, kwargs)
+    image = image_of(args, kwargs)
+    other = 1 - image
+
+    def changed(value: Any) -> Any:
+        return other if value is image else value
+
+    beside = tuple(map(changed, args)), {name: changed(kwargs[name]) for name in kwargs}
+    marks = {call.name: call.mark for call in trace(model, *beside, mark=_mark)}
+    calls = trace(model, args, kwargs, mark=_mark)
+    return [call for call in calls if call.mark != marks.get(call.name)]
+
+
+def _mark(tensor: Tensor) -> float:
+    """A weighted sum: a permutation of values has another one."""
+    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double().flatten()
+    weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device)
+    return float(values @ weights)
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    mark: Callable[[Tensor], float] | None = None,
+) -> list[Call]:
     """The modules that ran exactly once in one forward pass and gave a tensor, as they finished."""
     calls: list[Call] = []
     times: dict[str, int] = {}
@@ -190,7 +234,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             _, tensor = first_tensor(args or kwargs)
             if isinstance(output, torch.Tensor):
                 taken = () if tensor is None else tuple(tensor.shape)
-                calls.append(Call(name, module, taken, tuple(output.shape)))
+                seen = None if mark is None else mark(output)
+                calls.append(Call(name, module, taken, tuple(output.shape), seen))
 
         return hook
 
@@ -205,22 +250,31 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 def image_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Among a model's inputs the one that maps lie over: the first float tensor [N, C, *S]."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    for value in found:
+        if value.is_floating_point() and value.dim() >= 3:
             return value
-    raise ValueError("images must hold a floating-point tensor of shape [N, C, *S]")
+    kinds = ", ".join(f"{value.dtype} {list(value.shape)}" for value in found)
+    raise ValueError(
+        "images must hold a floating-point tensor of shape [N, C, *S], got "
+        f"{kinds or 'no tensor'}; pixels of 0 to 255 need .float() / 255 and the network's "
+        "normalisation, a single picture or sound its batch and channel dimensions (unsqueeze)"
+    )
 
 
 def image_size(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
     """The sizes *S that maps lie over.
 
-    Those of the image [N, C, *S]; video models that take [N, T, C, H, W] turn it around before
-    their first convolution, which tells. The model is run once more for 5-dimensional images.
+    Those of the image [N, C, *S]. Models that take video [N, T, C, H, W] or sequences [N, T, C]
+    turn them around before their first convolution, which tells; one without convolutions takes
+    sequences. The model is run once more for videos and signals.
     """
     image = image_of(args, kwargs)
-    if image.dim() == 5:
+    if _takes_sequences(model, image):
+        return [image.shape[1]]
+    if image.dim() in (3, 5):
         for call in trace(model, args, kwargs):
-            if type(call.module).__name__.startswith("Conv") and len(call.taken) == 5:
+            if _convolves(call.module) and len(call.taken) == image.dim():
                 turned = image.transpose(1, 2).shape
                 return list(turned[2:] if call.taken == turned else image.shape[2:])
     return list(image.shape[2:])
@@ -244,8 +298,17 @@ def layout(
     """
     image = image_of(args, kwargs)
     if tokens is not None:
-        return _told(site, shape, tokens)
+        told = _told(shape, tokens)
+        if told is None:
+            raise ValueError(
+                f"tokens={tuple(tokens)} does not fit layer {site.name!r}, which gives "
+                f"{list(shape)}; expected (prefix, height, width) with [N, prefix + height * "
+                "width, C], or (0, height, width) with [N, height, width, C]"
+            )
+        return told
     if shape[0] == image.shape[0]:
+        if _takes_sequences(model, image) and len(shape) == 3:
+            return Layout((shape[1],))
         if len(shape) == image.dim():
             return _spatial(shape, site.module, image)
         found = _patches(shape, image, trace(model, args, kwargs)) if len(shape) == 3 else None
@@ -268,18 +331,23 @@ def check_patches(site: Site, layout: Layout, gradients: Tensor) -> None:
         )
 
 
-def _told(site: Site, shape: Sequence[int], tokens: Sequence[int]) -> Layout:
+def _told(shape: Sequence[int], tokens: Sequence[int]) -> Layout | None:
     prefix, *sizes = tokens
     grid = tuple(sizes)
     if len(shape) == 3 and shape[1] == prefix + math.prod(grid):
         return Layout(grid, prefix)
     if prefix == 0 and tuple(shape[1:-1]) == grid:
         return Layout(grid)
-    raise ValueError(
-        f"tokens={tuple(tokens)} does not fit layer {site.name!r}, which gives {list(shape)}; "
-        "expected (prefix, height, width) with [N, prefix + height * width, C], or (0, height, "
-        "width) with [N, height, width, C]"
-    )
+    return None
+
+
+def _convolves(module: nn.Module) -> bool:
+    return type(module).__name__.startswith("Conv")
+
+
+def _takes_sequences(model: nn.Module, image: Tensor) -> bool:
+    """Whether a 3-dimensional input is [N, T, C], not [N, C, S]: the model has no convolution."""
+    return image.dim() == 3 and not any(map(_convolves, model.modules()))
 
 
 def _spatial(shape: Sequence[int], module: nn.Module, image: Tensor) -> Layout:
@@ -302,7 +370,7 @@ def _patches(shape: Sequence[int], image: Tensor, calls: Sequence[Call]) -> Layo
     grids = [
         call.shape[2:]
         for call in reversed(calls)
-        if len(call.shape) == image.dim() and type(call.module).__name__.startswith("Conv")
+        if len(call.shape) == image.dim() and _convolves(call.module)
     ]
     for stride in (1, 2, 4, 8):
         for grid in grids:
@@ -314,10 +382,18 @@ def _patches(shape: Sequence[int], image: Tensor, calls: Sequence[Call]) -> Layo
 
 
 def _sites(calls: Sequence[Call], image: Tensor) -> list[tuple[Site, tuple[int, ...]]]:
-    """Outputs that are maps or tokens; behind them the input of the pooling that ends them."""
+    """Outputs that are maps or tokens; behind them the input of the pooling that ends them.
+
+    What has T rows inside a module that gives T tokens is left out: attention [N, heads, T, T],
+    queries and keys.
+    """
     found = []
     pooling = None
+    tokens = [(f"{call.name}.", call.shape[1]) for call in calls if len(call.shape) == 3]
     for call in calls:
+        rows = call.shape[2] if len(call.shape) == 4 else None
+        if any(call.name.startswith(name) and rows == count for name, count in tokens):
+            continue
         if _pools(call, image):
             pooling = Site(f"{call.name}:input", call.module, reads_input=True), call.taken
         elif _is_map(call.shape, image):

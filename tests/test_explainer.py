@@ -88,9 +88,9 @@ def test_an_empty_batch_does_not_tell_how_gradients_are_found() -> None:
     model = Network()
     explainer = Explainer(model)
     explainer(IMAGES[:0])
-    assert explainer._by_weights is None
+    assert explainer._by_weights == {}
     explainer(IMAGES)
-    assert explainer._by_weights
+    assert list(explainer._by_weights.values()) == [True]
 
 
 @pytest.mark.parametrize("device", devices())
@@ -494,3 +494,14 @@ def test_peak_memory_is_that_of_inference() -> None:
     backward = peak(lambda: model(images)[:, 0].sum().backward())
     assert backward > 12  # every layer's output
     assert late <= inference + 1  # the captured copy, where the pass itself does not need more
+
+
+def test_the_default_layer_is_that_of_the_images_size():
+    body = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 4, 1), nn.ReLU()
+    pool = nn.AdaptiveMaxPool2d(1), nn.Flatten()
+    model = nn.Sequential(*body, *pool, nn.Linear(4, 3)).eval()
+    explainer = Explainer(model)
+    names = [explainer(torch.randn(2, 3, size, size)).layer for size in (8, 32, 8, 32)]
+    fresh = [Explainer(model)(torch.randn(2, 3, size, size)).layer for size in (8, 32)]
+    assert names == fresh * 2
+    assert fresh[0] != fresh[1]

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
+import gradcampp_ext as gx
 from gradcampp_ext import layers
-from gradcampp_ext.capture import CaptureError, Site
+from gradcampp_ext.capture import Capture, CaptureError, Site
 from gradcampp_ext.layers import Layout
 
 
@@ -148,6 +149,40 @@ class HeadsBehind(nn.Module):
         return self.head((x.flatten(2) + heads.transpose(2, 3).flatten(1, 2)).mean(2))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.drop = nn.Linear(8, 8), nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.heads(x).unflatten(2, (2, 4)).transpose(1, 2)  # [N, 2, T, 4]
+        weights = self.drop((heads @ heads.transpose(2, 3)).softmax(-1))  # [N, 2, T, T]
+        return (weights @ heads).transpose(1, 2).flatten(2)
+
+
+class UnknownGrid(nn.Module):
+    """Tokens of patches that no convolution made, and attention, whose weights are no maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(48, 8), Attention(), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        return self.head(self.attention(self.embed(patches.flatten(1, 2))).mean(1))
+
+
+class ImageAndText(MeanOfTokens):
+    """As CLIP: the texts' layers come last, and their four tokens would make a grid of 2 x 2."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.word, self.text = nn.Embedding(9, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) @ self.text(self.word(text)).mean(1).T
+
+
 class UnusedPooler(MeanOfTokens):
     """One token, made by attention pooling, that the score does not use."""
 
@@ -192,6 +227,70 @@ def test_default_errors() -> None:
     untrained = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5)
     with pytest.raises(CaptureError, match="are the weights of the head zero"):
         layers.default(untrained, (image(32, 32),), {}, score)
+
+
+def test_default_is_a_layer_of_the_image() -> None:
+    def score(output: torch.Tensor) -> torch.Tensor:
+        return output.amax(1, keepdim=True)
+
+    for texts in (1, 2, 3):
+        text = torch.randint(9, (texts, 4))
+        assert layers.default(ImageAndText(), (image(16, 16), text), {}, score).name == "block"
+        kwargs = {"text": text, "x": image(16, 16)}
+        assert layers.default(ImageAndText(), (), kwargs, score).name == "block"
+
+
+def test_default_takes_no_attention_for_maps() -> None:
+    def score(output: torch.Tensor) -> torch.Tensor:
+        return output.amax(1, keepdim=True)
+
+    model, x = UnknownGrid().eval(), image(16, 24)
+    assert "attention.drop" not in {each.name for each in layers.candidates(model, x)}
+    with pytest.raises(CaptureError, match=r"with tokens=\(prefix, height, width\)"):
+        layers.default(model, (x,), {}, score)
+    assert layers.default(model, (x,), {}, score, (0, 4, 6)).name == "attention"
+    with pytest.raises(CaptureError, match="found no layer with maps in this model"):
+        layers.default(model, (x,), {}, score, (0, 4, 5))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = nn.LSTM(7, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inside(x)[0].mean(1))
+
+
+def turned() -> nn.Module:
+    return nn.Sequential(Turn(), nn.Conv1d(7, 7, 3, stride=2), nn.ReLU(), Mean())
+
+
+class Turn(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize(("build", "layer"), [(Recurrent, "inside"), (turned, "2")])
+def test_sequences_have_a_map_over_time(build, layer) -> None:
+    model, x = build().eval(), torch.randn(2, 50, 7)
+    maps = gx.Explainer(model, layer)(x, 1).maps
+    assert maps.shape == (2, 1, 50)
+    with Capture([layers.find(model, layer)]) as capture:
+        scores = model(x)[:, 1:2]
+    (a,), (g,) = capture.activations, capture.gradients(scores)
+    if build is Recurrent:
+        a, g = a.transpose(1, 2), g.transpose(2, 3)
+    torch.testing.assert_close(maps, gx.cam(a, g, size=(50,)))
+
+
+@pytest.mark.parametrize("size", [50, 7])
+def test_signals_keep_channels_first(size) -> None:
+    model = nn.Sequential(nn.Conv1d(7, 7, 5, stride=2), nn.ReLU(), nn.Conv1d(7, 7, 1), Mean())
+    x = torch.randn(2, 7, size)
+    explained = gx.Explainer(model.eval(), "1")(x, 1, size="feature")
+    assert explained.maps.shape == (2, 1, (size - 5) // 2 + 1)
+    assert gx.Explainer(model, "1")(x, 1).maps.shape == (2, 1, size)
 
 
 @pytest.mark.parametrize("leading", [(2,), (2, 3)])
@@ -297,5 +396,8 @@ def test_unwrap() -> None:
 def test_image_of() -> None:
     x = image(4, 4)
     assert layers.image_of((), {"input_ids": torch.ones(2, 3, 4, dtype=torch.long), "x": x}) is x
-    with pytest.raises(ValueError, match=r"images must hold a floating-point tensor"):
-        layers.image_of((torch.ones(2, 3),), {})
+    message = r"images must hold a floating-point tensor .* got torch.float32 \[2, 3\], torch.uint8"
+    with pytest.raises(ValueError, match=message):
+        layers.image_of((torch.ones(2, 3), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), {})
+    with pytest.raises(ValueError, match="got no tensor"):
+        layers.image_of(([image(4, 4)],), {})
