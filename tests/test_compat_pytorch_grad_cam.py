@@ -583,3 +583,15 @@ def test_call_forms() -> None:
         given = {name: values[name] for name in call}
         np.testing.assert_array_equal(cam(input_tensor=images, **given), expected)
     np.testing.assert_array_equal(cam.forward(images, classes(1, 2), True), expected)
+
+
+def test_what_is_no_gradient_method_is_the_peers(monkeypatch) -> None:
+    from gradcampp_ext.compat.pytorch_grad_cam import EigenCAM, GradCAM, ScoreCAM
+
+    assert (EigenCAM, ScoreCAM) == (peer.EigenCAM, peer.ScoreCAM)
+    assert GradCAM is ours.GradCAM is not peer.GradCAM
+    with pytest.raises(ImportError, match="cannot import name 'NoCAM'"):
+        from gradcampp_ext.compat.pytorch_grad_cam import NoCAM  # noqa: F401
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    with pytest.raises(ImportError, match="pytorch-grad-cam, which may have it, cannot be"):
+        from gradcampp_ext.compat.pytorch_grad_cam import ScoreCAM

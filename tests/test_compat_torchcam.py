@@ -605,3 +605,11 @@ def test_higher_derivatives_and_functional_transforms() -> None:
         slope = torch.func.grad(lambda x: model(x).sum())(IMAGES)
     torch.manual_seed(0)
     torch.testing.assert_close(slope, torch.autograd.grad(model(images).sum(), images)[0])
+
+
+def test_what_is_no_gradient_method_is_torchcams() -> None:
+    from gradcampp_ext.compat.torchcam import CAM, ScoreCAM
+
+    assert (CAM, ScoreCAM) == (peer.CAM, peer.ScoreCAM)
+    with pytest.raises(ImportError, match="cannot import name 'NoCAM'"):
+        from gradcampp_ext.compat.torchcam import NoCAM  # noqa: F401

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +43,21 @@ __all__ = [
     "LayerCAM",
     "XGradCAM",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is no gradient method, such as ScoreCAM, is pytorch-grad-cam's own, if installed."""
+    if not name.startswith("_"):
+        try:
+            peer = import_module("pytorch_grad_cam")
+        except ImportError as error:
+            raise ImportError(
+                f"{name} is none of {', '.join(__all__)}, and pytorch-grad-cam, which may have it, "
+                f"cannot be imported: {error}"
+            ) from error
+        if hasattr(peer, name):
+            return getattr(peer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class BaseCAM:

@@ -20,6 +20,7 @@ from gradcampp_ext.recompute import Recompute, reached, replaying
 from gradcampp_ext.smooth import PowerSums
 
 try:
+    import torchcam.methods
     from torchcam.methods import gradient as peer
 except ImportError as error:
     raise ImportError(
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from torchcam.methods.core import OutputTarget
 
 __all__ = ["GradCAM", "GradCAMpp", "LayerCAM", "SmoothGradCAMpp", "XGradCAM"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is no gradient method, such as ScoreCAM, is torchcam's own."""
+    if not name.startswith("_") and hasattr(torchcam.methods, name):
+        return getattr(torchcam.methods, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _Fused(peer._GradCAM):
