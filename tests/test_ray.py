@@ -291,6 +291,10 @@ def test_explain_batch_by_itself(tmp_path, maps):
     assert "no class 99" in found["error"][1]
     most = found["map"][[0, 2]].max((1, 2, 3))
     assert (most == 1).all() if maps == "feature" else ((most > 0.5) & (most <= 1)).all()
+    again = ours.ExplainBatch(make_model(), maps=maps, target="label", device=torch.device("cpu"))
+    failed = again({"path": np.array(["gone", "gone"]), "label": labels[:2]})
+    assert failed["map"].shape == (2, 1, side, side)  # as of the batches that can be read
+    assert np.isnan(failed["map"]).all()
     with pytest.raises(ValueError, match=r"needs a column 'bytes', 'image' or 'path'.* label"):
         explain({"label": labels})
     with pytest.raises(ValueError, match="maps must be"):

@@ -167,8 +167,10 @@ class ExplainBatch:
         loaded = models.load(model, weights=weights) if isinstance(model, str) else model
         job = Job(_opened, loaded, [], Options(**options), None, {})
         self._decoder, self._engine = job.decoder(), Engine(loaded, job.options)
+        self._maps, self._input = job.options.maps, loaded.recipe.size
         self._whole = maps == "image"
-        self._shape = (job.options.maps, *(job.options.size or loaded.recipe.size))
+        size = job.options.size or self._input
+        self._size: Sequence[int] | None = size if self._whole else None
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
         pictures = next((batch[name] for name in ("bytes", "image", "path") if name in batch), None)
@@ -185,9 +187,13 @@ class ExplainBatch:
         decoded = self._decoder[chunk]
         rows, parts = self._engine(decoded, self._drawn)
         places = [int(item.path) for item in decoded.items]
-        n, k = len(chunk), self._shape[0]
+        if self._size is None:  # the layer's; all batches, failed ones too, must have one shape
+            black = Item("", "", np.zeros((*self._input, 3), np.uint8), 0)
+            tried = parts or self._engine(self._decoder[[(black, "")]], self._drawn)[1]
+            self._size = tried[0].shape[2:]
+        n, k = len(chunk), self._maps
         columns: dict[str, Any] = {
-            "map": np.full((n, *self._shape), np.nan, np.float32),
+            "map": np.full((n, k, *self._size), np.nan, np.float32),
             "target": np.full((n, k), -1),
             "score": np.full((n, k), np.nan, np.float32),
             "probability": np.full((n, k), np.nan, np.float32),
@@ -198,9 +204,7 @@ class ExplainBatch:
             "error": np.full(n, None),
         }
         if parts:
-            maps = np.concatenate(parts)
-            columns["map"] = np.full((n, *maps.shape[1:]), np.nan, np.float32)
-            columns["map"][places] = maps
+            columns["map"][places] = np.concatenate(parts)
         for place, own in zip(places, rows, strict=True):
             for name in ("target", "score", "probability", "layer") if own else ():
                 columns[name][place] = [row[name] for row in own]
