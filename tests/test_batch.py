@@ -802,6 +802,31 @@ def test_a_folder_of_somebody_elses_results_is_left_alone(tmp_path):
     assert (tmp_path / "results.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
+def test_a_fork_of_a_fork_keeps_its_files(tmp_path):
+    code = textwrap.dedent(f"""
+        import os, sys
+        from pathlib import Path
+        from gradcampp_ext.batch.record import Record
+
+        def end_of(child):
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        with Record(Path({str(tmp_path / "out")!r}), {{"a": 1}}):
+            if child := os.fork():
+                sys.exit(end_of(child))
+            opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(9)]  # one has the number
+            if child := os.fork():
+                os._exit(end_of(child))
+            try:
+                for handle in opened:
+                    os.fstat(handle)
+            finally:
+                os._exit(sys.exc_info()[0] is not None)
+    """)
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     pytest.importorskip("fcntl")
     with Record(tmp_path, {"a": 1}), pytest.raises(RecordError, match="another process writes"):

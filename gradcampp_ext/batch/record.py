@@ -422,6 +422,7 @@ def _drop_locks() -> None:
     """A forked worker would hold the lock for as long as it outlives a killed main process."""
     for handle in _locks:
         os.close(handle)
+    _locks.clear()  # the numbers are other files' when this process forks again
 
 
 if hasattr(os, "register_at_fork"):
