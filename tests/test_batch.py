@@ -1009,13 +1009,15 @@ def test_compiled_parts(tmp_path, monkeypatch, layers, parts):
         return graph
 
     real = torch.compile
-    names: list[str] = []
+    names: dict[str, object] = {}
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
     compiled = engine_module.compiled
     monkeypatch.setattr(
-        engine_module, "compiled", lambda *args: (names.extend(compiled(*args)), names)[1]
+        engine_module, "compiled", lambda *args: (names.update(compiled(*args)), names)[1]
     )
+    before = [dict(vars(module)) for module in nested.model.modules()]
     run([tmp_path / "in"], nested, tmp_path / "out", target_layer=layers, compile=True)
+    assert [vars(module) for module in nested.model.modules()] == before  # it is the caller's
     assert sorted(names) == sorted(parts)
     assert len(traced) >= len(parts)
     rows, plain = (lines(tmp_path / name / "results.jsonl") for name in ("out", "plain"))
@@ -1027,6 +1029,17 @@ def test_compiled_parts(tmp_path, monkeypatch, layers, parts):
             np.load(tmp_path / "plain" / expected["files"]["map"]),
             atol=1e-4,
         )
+
+
+def test_compiled_parts_are_put_back_after_an_error():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1].forward = own = lambda x: x
+    forwards = {"0": torch.neg, "1": lambda x: 1 / int(x)}
+    running = engine_module.running(forwards, network)
+    with pytest.raises(ZeroDivisionError), running:
+        network(torch.zeros(1))
+    assert "forward" not in vars(network[0])
+    assert network[1].forward is own
 
 
 # Progress

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradcampp_ext.models import Classes, LoadedModel
 
 Row: TypeAlias = dict[str, Any]
+Forward: TypeAlias = Callable[..., Any]
 _T = TypeVar("_T")
 
 
@@ -121,7 +122,7 @@ class Engine:
         self._size = options.size or model.recipe.size
         self._limit = options.batch_size
         self._layers: tuple[str, ...] = ()
-        self._compiled: list[str] = []
+        self._compiled: dict[str, Forward] = {}
         network = model.model.to(options.device, options.dtype)
         self._explainer = Explainer(
             network.to(memory_format=torch.channels_last),
@@ -131,7 +132,7 @@ class Engine:
         )
         if options.compile:
             captured = self._explainer.capture(blank(model, options))
-            self._compiled = compiled(network, captured.layers)
+            self._compiled = compiled(self._explainer.model, captured.layers)
 
     @property
     def layer(self) -> str | None:
@@ -211,7 +212,7 @@ class Engine:
             targets = [item.label for item in items]
         topk = self._options.topk if targets is None else None
         try:
-            with _room_for(self._compiled):
+            with running(self._compiled, self._explainer.model):
                 captured = self._explainer.capture(images, targets, topk=topk)
         except (CaptureError, torch.OutOfMemoryError):
             raise
@@ -256,26 +257,25 @@ def blank(model: LoadedModel, options: Options) -> Tensor:
     return model.recipe.normalize(picture, options.dtype)
 
 
-def compiled(network: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Compiles a network part by part, in place, leaving alone what stands around target layers.
+def compiled(network: nn.Module, layers: Sequence[str]) -> dict[str, Forward]:
+    """Compiles a network part by part, leaving alone what stands around target layers.
 
     torch.compile of a whole network traces through the hooks on it, once, and cannot switch
     the graph on at a target layer. So the largest modules that have no target layer inside are
     compiled, each by its `forward`: hooks on a module are called around that. A network whose
     target layer lies deep inside many modules gains less.
 
-    Returns: names of what was compiled.
+    Returns: by the names of the modules, what `running` puts in the place of their `forward`.
     """
     targets = [layer.removesuffix(":input") for layer in layers]
-    found: list[str] = []
+    found: dict[str, Forward] = {}
 
     def visit(name: str, module: nn.Module) -> None:
         inside = f"{name}." if name else ""
         whole = bool(name) and not any(target.startswith(inside) for target in targets)
         if whole and type(module).forward is not nn.Module.forward:
             if any(True for _ in module.parameters()):  # an activation alone is not worth it
-                module.forward = torch.compile(module.forward)
-                found.append(name)
+                found[name] = torch.compile(module.forward)
             return
         for child, part in module.named_children():
             visit(f"{inside}{child}", part)
@@ -284,14 +284,27 @@ def compiled(network: nn.Module, layers: Sequence[str]) -> list[str]:
     return found
 
 
-def _room_for(parts: Sequence[str]) -> AbstractContextManager[Any]:
-    """Parts of one class, or of torch's own, share a cache that else holds eight graphs."""
-    if not parts:
-        return nullcontext()
-    context: AbstractContextManager[Any] = torch._dynamo.config.patch(
-        recompile_limit=8 * len(parts), accumulated_recompile_limit=64 * len(parts)
-    )
-    return context
+@contextmanager
+def running(forwards: Mapping[str, Forward], network: nn.Module) -> Iterator[None]:
+    """The network runs what `compiled` gave; as it was on the way out, since it is the caller's."""
+    if not forwards:
+        yield
+        return
+    parts = [network.get_submodule(name) for name in forwards]
+    own = [vars(part).get("forward") for part in parts]
+    # parts of one class, or of torch's own, share a cache that else holds eight graphs
+    with torch._dynamo.config.patch(
+        recompile_limit=8 * len(forwards), accumulated_recompile_limit=64 * len(forwards)
+    ):
+        try:
+            for part, forward in zip(parts, forwards.values(), strict=True):
+                part.forward = forward
+            yield
+        finally:
+            for part, before in zip(parts, own, strict=True):
+                vars(part).pop("forward", None)
+                if before is not None:
+                    part.forward = before
 
 
 def rows_of(
