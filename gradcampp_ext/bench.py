@@ -61,7 +61,8 @@ def folder() -> Path:
 def run(names: Sequence[str], out: Path, device: str) -> list[Path]:
     """Runs benchmarks and returns their JSON files, out/NAME-DEVICE.json.
 
-    Raises: BenchError for an unknown name, or at the end if one of them failed.
+    Raises: BenchError for an unknown name or a folder that cannot be, or at the end if one of them
+        failed.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
@@ -70,7 +71,10 @@ def run(names: Sequence[str], out: Path, device: str) -> list[Path]:
     chosen = [name for name in names or BENCHMARKS if device == "cpu" or BENCHMARKS[name].cuda]
     if not chosen:
         raise BenchError(f"none of {', '.join(names)} runs on {device}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"cannot write in {out}: {error.strerror or error}") from error
     made, failed = [], []
     for number, name in enumerate(chosen, start=1):
         benchmark = BENCHMARKS[name]

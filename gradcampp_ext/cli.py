@@ -584,13 +584,15 @@ def layers(
         import torch
 
         from gradcampp_ext import Explainer
+        from gradcampp_ext.batch.engine import trying
         from gradcampp_ext.layers import candidates
 
         loaded = _load(model, weights, None)
         height, width = loaded.recipe.size
         picture = torch.zeros(1, 3, height, width)
-        found = candidates(loaded.model, picture)
-        chosen = Explainer(loaded.model, loaded.target_layer)(picture).layer
+        with trying(picture):
+            found = candidates(loaded.model, picture)
+            chosen = Explainer(loaded.model, loaded.target_layer)(picture).layer
     rows = [("", "layer", "type", "shape")]
     rows += [
         ("*" if one.name == chosen else "", one.name, one.type, " x ".join(map(str, one.shape)))

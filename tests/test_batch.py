@@ -312,7 +312,7 @@ def test_options_that_exclude_each_other():
         batch.Options(topk=2, target=1)
     with pytest.raises(ValueError, match="batch_size and topk must be at least 1"):
         batch.Options(batch_size=0)
-    with pytest.raises(ValueError, match="size must be positive"):
+    with pytest.raises(ValueError, match="size must be 2 positive integers"):
         batch.Options(size=(0, 5))
 
 
@@ -964,6 +964,17 @@ def test_a_worker_that_dies_is_told(tmp_path, model):
     pictures = [Image.new("RGB", (40, 40)) for _ in range(8)]
     with pytest.raises(batch.DecodeError, match="decoding stopped"):
         run(Deadly(pictures), model, tmp_path, batch_size=2, workers=1)
+
+
+class Greedy(batch.Dataset):
+    def read(self, item: batch.Item) -> Image.Image:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_decoding_without_memory_is_told(tmp_path, model, workers):
+    with pytest.raises(batch.DecodeError, match="no memory for a batch of 32 x 32 pixels"):
+        run(Greedy([None]), model, tmp_path, workers=workers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -44,6 +44,11 @@ def small_network(tmp_path, monkeypatch):
                 Recipe((32, 32), "stretch", (32, 32)),
                 Classes(("cat", "dog", "kite")),
             )
+
+        def narrow():
+            loaded = net()
+            loaded.model[4] = nn.Linear(5, 3)
+            return loaded
         """)
     )
     monkeypatch.chdir(tmp_path)
@@ -119,7 +124,10 @@ def test_broken_pictures_and_the_exit_code():
         (["--class-names", "none.txt"], "none.txt cannot be read"),
         (["--device", "teapot"], "--device teapot cannot be used"),
         (["--size", "big"], "--size must be N or HxW in pixels"),
-        (["--size", "0"], "size must be positive"),
+        (["--size", "0"], "size must be 2 positive integers"),
+        (["--size", "99999999"], "size must be of a map that memory can hold, got (99999999, "),
+        (["--model", "small:narrow"], "the model fails on pictures (1, 3, 32, 32): mat1"),
+        (["--model", "small:narrow", "--compile"], "the model fails on pictures (1, 3, 32, 32)"),
         (["--overlays", "gif"], "'gif'"),
         (["--batch-size", "0"], "--batch-size"),
         (["--out", "small.py"], "cannot write in small.py"),
@@ -270,6 +278,8 @@ def test_layers():
     assert table[0] == ["layer", "type", "shape"]
     assert ["0", "Conv2d", "1", "x", "4", "x", "7", "x", "7"] in table
     assert ["*", "2:input", "AdaptiveAvgPool2d", "1", "x", "4", "x", "7", "x", "7"] in table
+    _, err = call("layers", "small:narrow", code=2)
+    assert "error: the model fails on pictures (1, 3, 32, 32): mat1" in err
 
 
 def test_layers_of_the_demo():
@@ -438,6 +448,9 @@ def test_bench_runs_programs_and_names_those_that_fail(tmp_path, monkeypatch):
         bench.run(["ugly"], out, "cpu")
     with pytest.raises(bench.BenchError, match="runs on cuda"):
         bench.run(["good"], out, "cuda")
+    (tmp_path / "file").touch()
+    _, err = call("bench", "good", "--out", tmp_path / "file", code=2)
+    assert re.search(r"error: cannot write in .*file: File exists", err)
 
 
 def test_bench_finds_its_programs():

@@ -145,6 +145,7 @@ class Decoding:
             worker_init_fn=partial(_belong_to, os.getpid()),
         )
         self._batches: Any = iter(loader)
+        self._size = decoder._size
 
     def __enter__(self) -> Decoding:
         return self
@@ -155,13 +156,19 @@ class Decoding:
             self._batches._shutdown_workers()
 
     def next(self) -> Batch | None:
-        """The next batch; None after the last. DecodeError if a worker died."""
+        """The next batch; None after the last. DecodeError if a worker died, or memory ran out."""
         try:
             batch: Batch | None = next(self._batches, None)
         except RuntimeError as error:
             raise DecodeError(
                 f"decoding stopped: {error}; if a process was killed for its memory, try fewer "
                 "workers or a smaller batch"
+            ) from error
+        except MemoryError as error:
+            height, width = self._size
+            raise DecodeError(
+                f"decoding stopped: there is no memory for a batch of {height} x {width} pixels a "
+                "picture; try a smaller size or batch"
             ) from error
         return batch
 

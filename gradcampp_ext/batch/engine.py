@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
+from gradcampp_ext import checks
 from gradcampp_ext.batch.sinks import Rendered
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
@@ -71,8 +72,8 @@ class Options:
                 "batch_size and topk must be at least 1 and workers at least 0; "
                 f"got {self.batch_size}, {self.topk} and {self.workers}"
             )
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size must be positive, in pixels, got {self.size}")
+        if self.size is not None:
+            checks.size(self.size, 2)
         if self.topk > 1 and self.target is not None:
             raise ValueError("topk explains the largest outputs, so it cannot go with a target")
         if self.fuse not in (None, "mean", "max"):
@@ -131,7 +132,9 @@ class Engine:
             output=self._remember,
         )
         if options.compile:
-            captured = self._explainer.capture(blank(model, options))
+            picture = blank(model, options)
+            with trying(picture):
+                captured = self._explainer.capture(picture)
             self._compiled = compiled(self._explainer.model, captured.layers)
 
     @property
@@ -255,6 +258,18 @@ def blank(model: LoadedModel, options: Options) -> Tensor:
     """The network's input for one black picture, to try it with."""
     picture = torch.zeros(1, *model.recipe.size, 3, dtype=torch.uint8, device=options.device)
     return model.recipe.normalize(picture, options.dtype)
+
+
+@contextmanager
+def trying(pictures: Tensor) -> Iterator[None]:
+    """Where a network that fails on these pictures is told of."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except RuntimeError as error:
+        shape = tuple(pictures.shape)
+        raise EngineError(f"the model fails on pictures {shape}: {error}") from error
 
 
 def compiled(network: nn.Module, layers: Sequence[str]) -> dict[str, Forward]:
