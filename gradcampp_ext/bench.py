@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -64,6 +62,8 @@ def run(names: Sequence[str], out: Path, device: str) -> list[Path]:
     Raises: BenchError for an unknown name or a folder that cannot be, or at the end if one of them
         failed.
     """
+    from rich.console import Console
+
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         raise BenchError(f"no benchmark is called {unknown[0]!r}: {', '.join(BENCHMARKS)}")

@@ -1,4 +1,4 @@
-"""The command line: gradcampp explain, evaluate, report, layers, info. It parses and calls."""
+"""gradcampp on the command line: explain, evaluate, report, layers, bench, info. Only calls."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from gradcampp_ext.bench import BENCHMARKS
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +156,7 @@ JsonProgress = Annotated[
 
 @app.command(
     epilog="Exit code: 0 all explained, 1 some skipped (or outputs that --reproduce finds to "
-    "differ), 2 stopped by an error, 130 interrupted."
+    "differ), 2 stopped by an error, 130 by Ctrl-C, 143 by SIGTERM."
 )
 def explain(
     context: typer.Context,
@@ -369,7 +371,8 @@ def explain(
 
 
 @app.command(
-    epilog="Exit code: 0 all evaluated, 1 some skipped, 2 stopped by an error, 130 interrupted."
+    epilog="Exit code: 0 all evaluated, 1 some skipped, 2 stopped by an error, 130 by Ctrl-C, 143 "
+    "by SIGTERM."
 )
 def evaluate(
     paths: Paths,
@@ -607,7 +610,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="accuracy, op, end-to-end, classes, pipeline, training. Default: all.",
+            help=f"{', '.join(BENCHMARKS)}. Default: all.",
             show_default=False,
         ),
     ] = None,

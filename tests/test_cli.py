@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from gradcampp_ext import demo, imaging, models
+from gradcampp_ext.bench import BENCHMARKS
 from gradcampp_ext.cli import app
 
 PHOTOS = Path(__file__).parents[1].parent / "shared" / "data"
@@ -296,10 +297,21 @@ def test_info():
     assert facts["CUDA"].strip()
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["evaluate"], ["layers"], ["info"]])
-def test_help(command):
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ([], ["explain", "bench"]),
+        (["explain"], ["130 by Ctrl-C", "143 by SIGTERM"]),
+        (["evaluate"], ["130 by Ctrl-C", "143 by SIGTERM"]),
+        (["layers"], []),
+        (["bench"], list(BENCHMARKS)),
+        (["info"], []),
+    ],
+)
+def test_help(command, named):
     out, _ = call(*command, "--help")
-    assert "Usage" in out
+    text = re.sub(r"[\s│]+", " ", out)
+    assert [each for each in ("Usage", *named) if each not in text] == []
 
 
 def test_help_does_not_load_torch():
