@@ -966,7 +966,7 @@ def test_a_worker_that_dies_is_told(tmp_path, model):
         run(Deadly(pictures), model, tmp_path, batch_size=2, workers=1)
 
 
-class Greedy(batch.Dataset):
+class Huge(batch.Dataset):
     def read(self, item: batch.Item) -> Image.Image:
         raise MemoryError
 
@@ -974,7 +974,7 @@ class Greedy(batch.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_decoding_without_memory_is_told(tmp_path, model, workers):
     with pytest.raises(batch.DecodeError, match="no memory for a batch of 32 x 32 pixels"):
-        run(Greedy([None]), model, tmp_path, workers=workers)
+        run(Huge([None]), model, tmp_path, workers=workers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -214,14 +214,8 @@ class Engine:
         if targets == "label":
             targets = [item.label for item in items]
         topk = self._options.topk if targets is None else None
-        try:
-            with running(self._compiled, self._explainer.model):
-                captured = self._explainer.capture(images, targets, topk=topk)
-        except (CaptureError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as error:
-            size = (len(pictures), 3, *self._model.recipe.size)
-            raise EngineError(f"the model fails on pictures {size}: {error}") from error
+        with trying(images), running(self._compiled, self._explainer.model):
+            captured = self._explainer.capture(images, targets, topk=topk)
         self._layers, scores = captured.layers, captured.scores
         predicted, probabilities = scores.predicted, scores.probabilities
         if predicted is None or probabilities is None:
@@ -265,7 +259,7 @@ def trying(pictures: Tensor) -> Iterator[None]:
     """Where a network that fails on these pictures is told of."""
     try:
         yield
-    except CaptureError:
+    except (CaptureError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         shape = tuple(pictures.shape)
