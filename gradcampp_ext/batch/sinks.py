@@ -44,6 +44,9 @@ class Rendered:
 class FileSink(Protocol):
     """One kind of file, for each map or for each picture.
 
+    Batches are explained side by side: `render` and `encode` run in several threads at once, on one
+    sink, and must not change it.
+
     Attributes:
         column: its key under "files" in the results.
         per_picture: one file a picture, however many maps it has.
@@ -59,7 +62,7 @@ class FileSink(Protocol):
         """What decides its files, for run.json."""
 
     def render(self, batch: Rendered) -> torch.Tensor:
-        """[N, K, ...], or [N, ...] per picture, on the CPU; runs in the main thread."""
+        """[N, K, ...], or [N, ...] per picture, on the CPU; in the threads that explain."""
 
     def path(self, name: str) -> str:
         """Of the file for one of render's [n, k] or [n], relative to the output folder."""
@@ -76,20 +79,26 @@ class FileSink(Protocol):
 
 @runtime_checkable
 class SeriesSink(Protocol):
-    """One data set of all maps, in the order of results.jsonl."""
+    """One data set of all maps, in the order of results.jsonl.
+
+    As `FileSink.render`, `values` runs in several threads at once, and must not change the sink.
+    """
 
     def settings(self) -> dict[str, Any]:
         """What decides it, for run.json."""
 
     def values(self, batch: Rendered) -> torch.Tensor:
-        """[N, K, ...] on the CPU, for the store; runs in the main thread."""
+        """[N, K, ...] on the CPU, for the store; in the threads that explain."""
 
     def store(self, record: Record) -> Store:
-        """Takes up what an earlier run has stored."""
+        """Takes up what an earlier run has stored; in the main thread, before all else."""
 
 
 class Store(Protocol):
-    """A data set while a run writes it; `Parts` is one. All runs in one background thread."""
+    """A data set while a run writes it; `Parts` is one.
+
+    One background thread appends. When it has ended, the main thread finishes and closes.
+    """
 
     def append(self, values: npt.NDArray[Any]) -> None:
         """Arrays of the next rows, which are recorded before the next call."""
