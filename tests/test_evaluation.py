@@ -376,6 +376,13 @@ def test_bad_boxes_say_where(tmp_path, text, message):
         read_boxes(tmp_path / "boxes.csv", CLASSES)
 
 
+def test_paths_of_boxes_are_text_as_in_lists(tmp_path):
+    box = {"path": 3, "left": 1, "top": 2, "right": 3, "bottom": 4}
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(box))
+    with pytest.raises(SourceError, match="line 1: the path must be text, got 3"):
+        read_boxes(tmp_path / "boxes.jsonl", CLASSES)
+
+
 def test_localisation_counts_pictures_with_boxes(pictures, model, tmp_path):
     (tmp_path / "boxes.jsonl").write_text(
         "".join(

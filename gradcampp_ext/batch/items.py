@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -43,6 +43,19 @@ class Item:
 
 
 Read: TypeAlias = "Callable[[Item], Image.Image | tuple[Image.Image, str | int | None]]"
+
+
+def path_of(row: Mapping[str, Any], where: str) -> str | None:
+    """What a row calls its picture; SourceError, which says where, unless that is text."""
+    path = next((row[name] for name in PATH_COLUMNS if row.get(name)), None)
+    if path is not None and not isinstance(path, str):
+        raise SourceError(f"{where}: the path must be text, got {path!r}")
+    return path
+
+
+def label_of(row: Mapping[str, Any]) -> str | int | None:
+    """The true class in a row, if it has one."""
+    return next((row[name] for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
 
 
 class Reads(Protocol):

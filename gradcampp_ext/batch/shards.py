@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradcampp_ext.batch.items import LABEL_COLUMNS, SUFFIXES, Item, SourceError
+from gradcampp_ext.batch.items import SUFFIXES, Item, SourceError, label_of
 from gradcampp_ext.imaging import ImageError
 
 _SHARD = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
@@ -153,9 +153,7 @@ def _label(sample: Mapping[str, Any]) -> str | int | None:
     if "json" in sample:
         about = json.loads(sample["json"])
         if isinstance(about, dict):
-            return next(
-                (about[name] for name in LABEL_COLUMNS if about.get(name) not in (None, "")), None
-            )
+            return label_of(about)
     return None
 
 

@@ -15,7 +15,15 @@ import numpy as np
 
 from gradcampp_ext import imaging
 from gradcampp_ext.batch import parquet, shards
-from gradcampp_ext.batch.items import LABEL_COLUMNS, PATH_COLUMNS, SUFFIXES, Item, SourceError
+from gradcampp_ext.batch.items import (
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    SUFFIXES,
+    Item,
+    SourceError,
+    label_of,
+    path_of,
+)
 from gradcampp_ext.imaging import ImageError
 
 if TYPE_CHECKING:
@@ -208,16 +216,14 @@ def _file(path: str) -> Item:
 
 def _manifest(file: Path, *, labelled: bool = False) -> Iterator[Item]:
     for number, row in read_rows(file):
-        path = next((row[name] for name in PATH_COLUMNS if row.get(name)), None)
-        label = next((row[name] for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
+        where = f"{file}, line {number}"
+        path, label = path_of(row, where), label_of(row)
         if path is None or (labelled and label is None):
             wanted = PATH_COLUMNS if path is None else LABEL_COLUMNS
             raise SourceError(
-                f"{file}, line {number}: one of the columns {', '.join(wanted)} is needed, "
+                f"{where}: one of the columns {', '.join(wanted)} is needed, "
                 f"got {', '.join(map(str, row)) or 'none'}"
             )
-        if not isinstance(path, str):
-            raise SourceError(f"{file}, line {number}: the path must be text, got {path!r}")
         found = str(file.parent / path)
         yield Item(found, os.path.splitext(path)[0], found, label)  # noqa: PTH122 - of any text
 

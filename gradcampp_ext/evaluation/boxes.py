@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from gradcampp_ext.batch.items import LABEL_COLUMNS, PATH_COLUMNS, SourceError
+from gradcampp_ext.batch.items import PATH_COLUMNS, SourceError, label_of, path_of
 from gradcampp_ext.batch.sources import label_key, read_rows
 from gradcampp_ext.imaging import Box
 from gradcampp_ext.models import Classes
@@ -37,11 +37,11 @@ def read_boxes(file: Path, classes: Classes) -> dict[str, list[Annotation]]:
     found: dict[str, list[Annotation]] = {}
     for number, row in read_rows(file):
         where = f"{file}, line {number}"
-        path = next((row[name] for name in PATH_COLUMNS if row.get(name)), None)
+        path = path_of(row, where)
         if path is None:
             raise SourceError(f"{where}: one of the columns {', '.join(PATH_COLUMNS)} is needed")
         annotation = Annotation(_box(row, where), _label(row, classes, where))
-        found.setdefault(label_key(str(file.parent / str(path))), []).append(annotation)
+        found.setdefault(label_key(str(file.parent / path)), []).append(annotation)
     if not found:
         raise SourceError(f"{file} has no rows")
     return found
@@ -94,7 +94,7 @@ def _box(row: Mapping[str, Any], where: str) -> Box:
 
 
 def _label(row: Mapping[str, Any], classes: Classes, where: str) -> int | None:
-    label = next((row[name] for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
+    label = label_of(row)
     if label is None:
         return None
     try:
