@@ -69,7 +69,7 @@ struct CamGradientArguments {
       by_gradient_space[kSpaceDims];
 };
 
-// Colour maps over images, one byte a channel: (1 - alpha) image + alpha table[map].
+// Colour maps over images, one byte a channel: image_weight image + heatmap_weight table[map].
 struct OverlayArguments {
   int64_t samples, height, width;
   const void* images;  // uint8 or float in [0, 1]
