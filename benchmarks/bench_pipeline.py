@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -53,6 +52,7 @@ from rich.table import Table
 from torch import nn
 
 from gradcampp_ext import batch, models, reference
+from gradcampp_ext._environment import cores
 from gradcampp_ext.batch.decode import Decoder, Decoding
 from gradcampp_ext.batch.engine import Engine
 from gradcampp_ext.batch.memory import keep_freed_memory
@@ -128,7 +128,7 @@ class Stages:
 
     def decode(self, clock: Clock) -> None:
         with clock:
-            for _ in self.batches(len(os.sched_getaffinity(0))):
+            for _ in self.batches(cores()):
                 pass
 
     def explain(self, clock: Clock) -> None:
@@ -259,7 +259,7 @@ def summarize(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
     def by_cores(found: dict[str, Any]) -> float:
         spent = sum(found[name]["processor_seconds"] for name in ("decode", "explain", "write"))
-        return rate(found, "pipeline") * spent / len(os.sched_getaffinity(0))
+        return rate(found, "pipeline") * spent / cores()
 
     def slowest(found: dict[str, Any]) -> float:
         return min(rate(found, name) for name in ("decode", "explain", "write"))

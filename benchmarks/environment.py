@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from datetime import datetime, timezone
 from importlib import metadata
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from gradcampp_ext import _native
-from gradcampp_ext._environment import cpu, of_checkout
+from gradcampp_ext._environment import cores, cpu, of_checkout
 
 _PACKAGES = (
     "gradcampp_ext",
@@ -32,7 +31,7 @@ def about(device: str = "cpu") -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": _native.status().cpu_capability,
         "system": f"{platform.system()} {platform.machine()}",

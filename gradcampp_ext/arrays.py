@@ -6,7 +6,6 @@ of threads. NumPy has no bfloat16; float16, float32 and float64 are taken, with 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcampp_ext import _numpy, checks, methods
+from gradcampp_ext._environment import cores
 
 Array = NDArray[np.floating[Any]]
 
@@ -134,11 +134,7 @@ def _walkable(array: Array) -> Array:
 
 def _check_threads(threads: int | None) -> int:
     if threads is None:
-        return (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        return cores()
     if not isinstance(threads, int | np.integer) or not 1 <= threads < 2**31:
         raise ValueError(f"threads must be at least 1 and an integer, got {threads!r}")
     return int(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from samples import make_pair
 
 import gradcampp_ext as gx
-from gradcampp_ext import arrays
+from gradcampp_ext import _environment, arrays
 
 
 @pytest.mark.parametrize("method", sorted(gx.METHODS))
@@ -80,6 +81,15 @@ def test_read_only_input_is_read():
 def test_bad_arguments_are_explained(arguments, error, words):
     with pytest.raises(error, match=words):
         arrays.cam(*arguments)
+
+
+def test_usable_cores_are_counted_everywhere(monkeypatch):
+    if hasattr(os, "sched_getaffinity"):
+        assert _environment.cores() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
+    assert _environment.cores() == os.cpu_count()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert _environment.cores() == 1
 
 
 def test_threads_must_be_positive():

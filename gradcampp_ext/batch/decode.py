@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from gradcampp_ext._environment import cores
 from gradcampp_ext.imaging import Box, ImageError, Pixels
 
 if TYPE_CHECKING:
@@ -181,8 +182,7 @@ def default_workers(device: torch.device, batches: int | None) -> int:
     """
     if batches is not None and batches <= 1:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = (cores or 1) // 4 if device.type == "cpu" else (cores or 2) - 1
+    wanted = cores() // 4 if device.type == "cpu" else cores() - 1
     return max(1, min(wanted, _MOST_WORKERS))
 
 
