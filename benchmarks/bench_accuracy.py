@@ -18,7 +18,6 @@ float64 arithmetic: relative L2 error, the median over the photographs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import skimage.data
 import torch
-from environment import about
+from environment import about, write
 from PIL import Image
 from pytorch_grad_cam import GradCAMPlusPlus
 from torchcam.methods import GradCAMpp
@@ -139,8 +138,7 @@ def main() -> int:
             errors = "  ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
             print(f"  1e{row['exponent']:+03d}  {errors}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(options.json, report)
     return 0
 
 

@@ -20,7 +20,6 @@ classes are compared with autograd's before anything is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
-from environment import about
+from environment import about, quartiles, write
 
 import gradcampp_ext as gx
 
@@ -104,7 +103,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {"model": name, "batch": batch, "contenders": {}}
     for label, times in seconds.items():
         ratios = [t / f for t, f in zip(times, seconds["forward"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
+        low, median, high = quartiles(ratios)
         result["contenders"][label] = {
             "seconds": statistics.median(times),
             "of_forward": {"median": median, "quartiles": [low, high]},
@@ -143,9 +142,8 @@ def main() -> int:
         for batch in BATCHES
     ]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"about": about(), "rounds": options.rounds, "results": results}
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write(options.json, report)
     print(table(results))
     return 0
 

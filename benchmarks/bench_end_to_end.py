@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import about
+from environment import about, quartiles, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -247,11 +247,6 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
 def summary(case: Case, times: dict[str, list[float]], memory: dict[str, float]) -> dict[str, Any]:
     rows = {}
     for name, seconds in times.items():
@@ -319,8 +314,7 @@ def measured(
                     grown[name] = memory_of(case, name)
             report["results"].append(summary(case, times, grown))
             if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(report, indent=1) + "\n")
+                write(file, report)
             progress.advance(task)
     return report
 

@@ -403,8 +403,7 @@ def on_cuda(file: Path | None, text: str, seconds: float) -> int:
         "left_out": left_out,
     }
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        environment.write(file, report)
     print(op_on_cuda.table(report))
     return 1 if left_out or not entries else 0
 
@@ -444,8 +443,7 @@ def main() -> int:
         report = merged(json.loads(file.read_text(encoding="utf-8")))
     report["about"] = environment.about()
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        environment.write(options.json, report)
     print(table(report))
     return int(code)
 

@@ -44,7 +44,7 @@ from typing import Any
 import numpy as np
 import skimage.data
 import torch
-from environment import about
+from environment import about, write
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -330,8 +330,7 @@ def main() -> None:
     }
     Console().print(table(report))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(options.json, report)
 
 
 if __name__ == "__main__":

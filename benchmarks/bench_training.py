@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bench_op import formula
-from environment import about
+from environment import about, quartiles, write
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -129,11 +129,6 @@ def cost(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     }
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """First, median, third."""
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure guided training and its cost.")
     parser.add_argument("--json", type=Path, help="where the figures go")
@@ -154,8 +149,7 @@ def main() -> int:
     }
     print(json.dumps(report, indent=1))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(options.json, report)
     return 0
 
 

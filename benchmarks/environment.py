@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import statistics
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +49,18 @@ def about(device: str = "cpu") -> dict[str, Any]:
             "toolkit": torch.version.cuda,
         }
     return found
+
+
+def write(file: Path, report: Any) -> None:
+    """As JSON, in a folder that is made if it is not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First, median, third: of these values themselves, so that none lies outside of them."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def _commit() -> str | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import tarfile
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import about
+from environment import about, write
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -117,8 +116,7 @@ def main() -> None:
         Console().print(f"after {count:6} pictures {size / 2**20:8.1f} MiB")
     Console().print(f"last over first: {ratio:.3f}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(options.json, report)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from environment import quartiles
 from torch import Tensor
 
 ROUNDS = 40
@@ -38,7 +39,7 @@ class Times:
     call: float
 
     def stats(self) -> dict[str, float]:
-        quarter, median, three_quarters = statistics.quantiles(self.device, n=4)
+        quarter, median, three_quarters = quartiles(self.device)
         return {
             "median": median,
             "iqr": three_quarters - quarter,

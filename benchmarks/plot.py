@@ -506,6 +506,8 @@ def evaluation_figure() -> Figure:
 
 def batch_size_figure() -> Figure:
     """Medians of images a second, and their quartiles."""
+    from environment import quartiles
+
     figure = _axes(1, 1, (8, 3.4))[0]
     axis = figure.axes[0]
     styles = {
@@ -523,9 +525,7 @@ def batch_size_figure() -> Figure:
             [found["case"]["batch"] / seconds for seconds in found["contenders"][name]["seconds"]]
             for found in results
         ]
-        low, middle, high = zip(
-            *(statistics.quantiles(rate, n=4, method="inclusive") for rate in rates), strict=True
-        )
+        low, middle, high = zip(*map(quartiles, rates), strict=True)
         axis.plot(sizes, middle, color=colour, linestyle=line, label=END_TO_END[name].strip("`"))
         axis.vlines(sizes, low, high, color=colour, linewidth=1)
     axis.set(xscale="log", xlabel="batch size", ylabel="images a second", ylim=(0, None))

@@ -488,3 +488,15 @@ def test_benchmarks_can_be_imported(name, monkeypatch):
     monkeypatch.setitem(sys.modules, file.stem, module)
     specification.loader.exec_module(module)
     assert module.main
+
+
+def test_quartiles_of_a_benchmark_lie_among_its_values(tmp_path, monkeypatch):
+    from gradcampp_ext import bench
+
+    monkeypatch.setattr(sys, "path", [*sys.path, str(bench.folder())])
+    environment = importlib.import_module("environment")
+    assert environment.quartiles([1.0, 2.0]) == (1.25, 1.5, 1.75)
+    op_on_cuda = importlib.import_module("op_on_cuda")
+    assert op_on_cuda.Times([1.0, 2.0], call=0.0).stats()["iqr"] == 0.5
+    environment.write(tmp_path / "new" / "a.json", {"b": 1})
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"b": 1}
