@@ -111,6 +111,13 @@ class _Run:
         """A size of maps as the op takes it."""
         if isinstance(size, str) and size != "feature":
             raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
+        for site, activations in zip(self.capture.sites, self.activations, strict=True):
+            if size is None and activations.dim() - 2 != len(self.image_size):
+                raise ValueError(
+                    f"size=None is that of the images, {self.image_size}, but layer {site.name!r} "
+                    f"gives {list(activations.shape)}, which does not lie over them; give a size, "
+                    "or 'feature'"
+                )
         return None if size == "feature" else self.image_size if size is None else size
 
     @property

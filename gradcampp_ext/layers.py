@@ -314,6 +314,8 @@ def layout(
         found = _patches(shape, image, trace(model, args, kwargs)) if len(shape) == 3 else None
         if found:
             return found
+        if image.dim() == 3 and len(shape) == 4 and any(map(_convolves, model.modules())):
+            return Layout()  # of a spectrogram that the model makes of a signal
     raise CaptureError(
         f"layer {site.name!r} gives {list(shape)} for images {list(image.shape)}, which is neither "
         "maps [N, C, *S] or [N, *S, C], nor tokens [N, T, C] of a grid that a convolution of this "

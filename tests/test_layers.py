@@ -284,6 +284,26 @@ def test_sequences_have_a_map_over_time(build, layer) -> None:
     torch.testing.assert_close(maps, gx.cam(a, g, size=(50,)))
 
 
+class Spectrogram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        window = torch.hann_window(16)
+        found = torch.stft(x[:, 0], 16, window=window, return_complex=True).abs()
+        return self.head(self.body(found[:, None]).mean((2, 3)))
+
+
+def test_spectrograms_that_a_model_makes() -> None:
+    explainer, x = gx.Explainer(Spectrogram().eval(), "body"), torch.randn(2, 1, 64)
+    assert explainer(x, 1, size="feature").maps.shape == (2, 1, 7, 15)
+    assert explainer(x, 1, size=(9, 17)).maps.shape == (2, 1, 9, 17)
+    message = r"size=None is that of the images, \[64\], but layer 'body' gives \[2, 4, 7, 15\]"
+    with pytest.raises(ValueError, match=message):
+        explainer(x, 1)
+
+
 @pytest.mark.parametrize("size", [50, 7])
 def test_signals_keep_channels_first(size) -> None:
     model = nn.Sequential(nn.Conv1d(7, 7, 5, stride=2), nn.ReLU(), nn.Conv1d(7, 7, 1), Mean())
