@@ -89,12 +89,14 @@ class Captured:
         gradients: [N, K, C, *S] of each layer; perhaps expanded (stride 0), so not to write to.
         scores: what they are the gradients of.
         layers: their names.
+        output: what the model gave, the part that ``output=`` of the explainer selects.
     """
 
     activations: list[Tensor]
     gradients: list[Tensor]
     scores: Scores
     layers: tuple[str, ...]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,10 @@ class Explainer:
             gradients = self._all_gradients(run)
         scores = replace(run.scores, values=run.scores.values.detach())
         names = tuple(site.name for site in run.capture.sites)
-        return Captured(run.activations, gradients, scores, names)
+        output = run.output
+        if isinstance(output, torch.Tensor):
+            output = output.detach()
+        return Captured(run.activations, gradients, scores, names, output)
 
     def _find(
         self, target_layer: TargetLayer | Sequence[TargetLayer] | None

@@ -18,7 +18,6 @@ from gradcampp_ext.batch.sinks import Rendered
 from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.explainer import Explainer
 from gradcampp_ext.ops import cam
-from gradcampp_ext.targets import select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +128,6 @@ class Engine:
             network.to(memory_format=torch.channels_last),
             options.layers or model.target_layer,
             options.method,
-            output=self._remember,
         )
         if options.compile:
             picture = blank(model, options)
@@ -219,9 +217,9 @@ class Engine:
         self._layers, scores = captured.layers, captured.scores
         predicted, probabilities = scores.predicted, scores.probabilities
         if predicted is None or probabilities is None:
-            shape = list(self._output.shape)
+            shape = list(captured.output.shape)
             raise EngineError(f"the model gives {shape}; a classifier's [N, classes] is needed")
-        confidence = self._output.float().softmax(-1).gather(-1, predicted[:, None])[:, 0]
+        confidence = captured.output.float().softmax(-1).gather(-1, predicted[:, None])[:, 0]
         return _Explained(
             tuple(
                 cam(activations, gradients, method=self._options.method).float()
@@ -235,11 +233,6 @@ class Engine:
             predicted,
             confidence,
         )
-
-    def _remember(self, returned: Any) -> Any:
-        output = select(returned, None)
-        self._output: Tensor = output.detach()
-        return output
 
     def _named_layers(self) -> tuple[str, ...]:
         """Of the maps that there are for each class."""

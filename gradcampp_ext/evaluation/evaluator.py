@@ -27,7 +27,6 @@ from gradcampp_ext.metrics import agreement, confidence, localization, perturbat
 from gradcampp_ext.metrics.perturbation import BASELINES, Baseline
 from gradcampp_ext.metrics.randomization import cascade, stages
 from gradcampp_ext.metrics.road import impute
-from gradcampp_ext.targets import select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,11 +150,7 @@ class Evaluator:
         self._contenders = [parse(label) for label in options.methods]
         network = model.model.to(options.device, options.dtype)
         self._network = network.to(memory_format=torch.channels_last)
-        self._explainer = Explainer(
-            self._network,
-            list(options.layers) or model.target_layer,
-            output=self._remember,
-        )
+        self._explainer = Explainer(self._network, list(options.layers) or model.target_layer)
         self.layers: tuple[str, ...] = ()
         self.stages: tuple[str, ...] = ()
         if "randomization" in options.metrics:
@@ -205,16 +200,11 @@ class Evaluator:
         pictures = batch.pictures.to(self._options.device, non_blocking=True)
         return self._model.recipe.normalize(pictures, self._options.dtype)
 
-    def _remember(self, returned: Any) -> Any:
-        output = select(returned, None)
-        self._output: Tensor = output.detach()
-        return output
-
     def _capture(self, images: Tensor, items: Sequence[Decoded]) -> Captured:
         targets = [item.label for item in items] if self.by_label else None
         captured = self._explainer.capture(images, targets)
         if captured.scores.predicted is None:
-            shape = list(self._output.shape)
+            shape = list(captured.output.shape)
             raise EngineError(f"the model gives {shape}; a classifier's [N, classes] is needed")
         self.layers = captured.layers
         return captured
@@ -234,7 +224,7 @@ class Evaluator:
         items, options, wanted = batch.items, self._options, set(self._options.metrics)
         seeds = _seeds(items)
         captured = self._capture(images, items)
-        output = self._output.float()
+        output = captured.output.float()
         scores = captured.scores
         classes = torch.as_tensor(scores.targets)[:, 0]
         full = output.softmax(1).gather(1, classes[:, None])[:, 0]
