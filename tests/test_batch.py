@@ -908,6 +908,16 @@ def test_out_of_memory_behind_the_network_halves_the_batch_too(tmp_path, model):
         np.testing.assert_allclose(ours_map, whole_map, atol=1e-4)
 
 
+def test_maps_that_cannot_be_drawn(tmp_path, model):
+    class Failing(batch.Maps):
+        def render(self, rendered):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    message = r"maps of \(32, 32\) pixels cannot be drawn: DefaultCPUAllocator"
+    with pytest.raises(batch.EngineError, match=message):
+        run(write_pictures(tmp_path / "in", 2), model, tmp_path / "out", [Failing()])
+
+
 def test_scores_that_are_not_finite_though_maps_are(tmp_path):
     net = Net().eval()
     with torch.no_grad():

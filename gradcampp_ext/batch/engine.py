@@ -159,6 +159,12 @@ class Engine:
                     raise EngineError(
                         f"{self._options.device} has not enough memory for one picture: {error}"
                     ) from error
+            except (EngineError, CaptureError):
+                raise
+            except RuntimeError as error:  # as a CPU's lack of memory is told
+                raise EngineError(
+                    f"maps of {self._size} pixels cannot be drawn: {error}"
+                ) from error
             else:
                 rows += found
                 batch.failures += part.failures
