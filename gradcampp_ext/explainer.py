@@ -263,7 +263,9 @@ class Explainer:
 
         Args:
             images: what the model takes: a tensor [N, C, *S], or a tuple of its positional or a
-                mapping of its keyword arguments. Samples must not influence each other.
+                mapping of its keyword arguments, of which the first floating-point tensor of three
+                or more dimensions is what maps lie over (in a mapping, put it first). Samples must
+                not influence each other.
             targets: None for the predicted class, a class for all samples, "all" classes,
                 classes [N] or [N, K], a callable from the model's output to scores [N] (see
                 ``gradcampp_ext.targets``), or K callables.

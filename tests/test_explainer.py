@@ -505,3 +505,20 @@ def test_the_default_layer_is_that_of_the_images_size():
     fresh = [Explainer(model)(torch.randn(2, 3, size, size)).layer for size in (8, 32)]
     assert names == fresh * 2
     assert fresh[0] != fresh[1]
+
+
+def test_the_first_tensor_of_a_mapping_is_explained():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 4, 3)
+
+        def forward(self, depth: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+            return self.one(colour).mean((2, 3)) + self.other(depth).mean((2, 3))
+
+    depth, colour = torch.randn(2, 1, 12, 12), torch.randn(2, 3, 8, 10)
+    explainer = Explainer(Two().eval())
+    by_colour = explainer({"colour": colour, "depth": depth})
+    assert (by_colour.layer, by_colour.maps.shape) == ("one", (2, 1, 8, 10))
+    by_depth = explainer({"depth": depth, "colour": colour})
+    assert (by_depth.layer, by_depth.maps.shape) == ("other", (2, 1, 12, 12))
