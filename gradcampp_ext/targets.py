@@ -83,8 +83,8 @@ class LabelSum:
 class Region:
     """A class over a region of a dense output [N, classes, *S]: the mean of its logit there.
 
-    ``mask`` is [*S] or [N, *S], boolean or weights; None means where the class is predicted
-    (the whole output where it is so nowhere).
+    ``mask`` is [*S] or [N, *S], boolean or weights, and not zero everywhere; None means where the
+    class is predicted (the whole output where it is so nowhere).
     """
 
     index: int
@@ -101,7 +101,14 @@ class Region:
                 f"output is, got {tuple(mask.shape)}; resize it to the output"
             )
         weights = mask.to(logits).expand_as(logits).flatten(1)
-        weights = torch.where(weights.any(1, keepdim=True), weights, 1.0)
+        filled = weights.any(1, keepdim=True)
+        if self.mask is None:
+            weights = torch.where(filled, weights, 1.0)
+        elif not filled.all():
+            raise ValueError(
+                "mask must not be zero everywhere, but is so for sample "
+                f"{int(filled.int().argmin())}; None means where the class is predicted"
+            )
         return (logits.flatten(1) * weights).sum(1) / weights.sum(1)
 
 

@@ -119,6 +119,10 @@ def test_region() -> None:
     assert Region(1, per_sample)(dense).tolist() == [3.0, 6.0]
     with pytest.raises(ValueError, match=r"mask must be \(1, 2\) or \(2, 1, 2\).*got \(4, 4\)"):
         Region(1, torch.ones(4, 4))(dense)
+    with pytest.raises(ValueError, match="zero everywhere, but is so for sample 0"):
+        Region(1, torch.zeros(1, 2))(dense)
+    with pytest.raises(ValueError, match="zero everywhere, but is so for sample 1"):
+        Region(1, torch.tensor([[[True, True]], [[False, False]]]))(dense)
 
 
 @pytest.mark.parametrize(
