@@ -172,6 +172,11 @@ class Augment(Variations):
 
     def apply(self, images: Tensor, number: int) -> Tensor:
         dims, intensity = self._all()[number]
+        if any(dim < 2 - images.dim() for dim in dims):
+            raise ValueError(
+                f"flips must be spatial dimensions, from -1 to {2 - images.dim()} for images "
+                f"{list(images.shape)}, got {self.flips}"
+            )
         return images.flip(dims) * intensity
 
     def undo(self, maps: Tensor, number: int) -> Tensor:

@@ -148,3 +148,11 @@ def test_callables_need_a_tensor() -> None:
 def test_errors(build, message) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_channels_are_not_flipped() -> None:
+    explainer = Explainer(Network(), "conv", average=Augment(flips=(-3,)))
+    with pytest.raises(ValueError, match=r"from -1 to -2 for images \[3, 3, 10, 12\], got \(-3,\)"):
+        explainer(IMAGES)
+    video = torch.rand(1, 3, 2, 4, 4)
+    assert torch.equal(Augment(flips=(-3,), intensities=(1.0,)).apply(video, 1), video.flip(-3))
