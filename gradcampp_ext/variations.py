@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 
     from gradcampp_ext.targets import Target
 
+_PLAIN = (bool, int, float, str, NoneType)  # arguments without a batch dimension
+
 
 class Variations(ABC):
     """Variations of a batch of images, numbered from 0; each does the same to every sample.
 
-    ``together`` of them go through the model at once.
+    ``together`` of them go through the model at once; one by one where it takes further tensors,
+    since nothing tells whether those belong to the samples.
     """
 
     together: int
@@ -42,8 +46,10 @@ class Variations(ABC):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], image: Tensor
     ) -> Iterator[Batch]:
         """A model's arguments for all variations of ``image``, which is among them."""
-        for first in range(0, len(self), self.together):
-            numbers = range(first, min(first + self.together, len(self)))
+        others = (value for value in (*args, *kwargs.values()) if value is not image)
+        together = self.together if all(isinstance(value, _PLAIN) for value in others) else 1
+        for first in range(0, len(self), together):
+            numbers = range(first, min(first + together, len(self)))
             yield Batch(self, numbers, args, kwargs, image)
 
 
@@ -62,16 +68,8 @@ class Batch:
         self._numbers = numbers
         self._image = image
         varied = torch.cat([variations.apply(image, number) for number in numbers])
-
-        def repeated(value: Any) -> Any:
-            if value is image:
-                return varied
-            if isinstance(value, torch.Tensor) and value.shape[:1] == image.shape[:1]:
-                return torch.cat([value] * len(numbers))
-            return value
-
-        self.args = tuple(map(repeated, args))
-        self.kwargs = {name: repeated(value) for name, value in kwargs.items()}
+        self.args = tuple(varied if value is image else value for value in args)
+        self.kwargs = {k: varied if value is image else value for k, value in kwargs.items()}
 
     def targets(self, targets: Tensor | tuple[Target, ...]) -> Tensor | tuple[Target, ...]:
         """The same targets for every variation: classes [N, K], or callables."""
@@ -107,7 +105,7 @@ class Smooth(Variations):
         samples: how many noisy copies of each image are averaged.
         std: of the noise, as a share of each image's range (max - min).
         seed: the same seed gives the same noise, on every device and in every batch.
-        together: how many copies go through the model in one batch.
+        together: how many copies go through the model in one batch, if it takes images alone.
         powers: False averages the maps of the copies, of any method. True is Smooth Grad-CAM++
             (arXiv:1908.01224), of "gradcampp" alone: the first three powers of the copies'
             gradients are averaged, and make one map with the activations of the images
@@ -151,7 +149,7 @@ class Augment(Variations):
     Attributes:
         flips: dimensions to flip, -1 for left and right; the image as it is comes too.
         intensities: factors on the model's input.
-        together: how many variations go through the model in one batch.
+        together: how many variations go through the model in one batch, if it takes images alone.
     """
 
     flips: tuple[int, ...] = (-1,)

@@ -94,15 +94,35 @@ def test_together_changes_the_batches_alone(together: int) -> None:
     torch.testing.assert_close(maps, expected)
     counts = [min(together, 5 - first) for first in range(0, 5, together)]
     assert model.batches == [3, *(3 * count for count in counts)]
+    model.batches.clear()
+    Explainer(model, "conv", average=Smooth(5, together=together))({"x": IMAGES, "shift": None})
+    assert model.batches == [3, *(3 * count for count in counts)]
 
 
-def test_inputs_of_each_sample_are_repeated() -> None:
+def test_further_inputs_are_left_as_they_are() -> None:
     model = Network()
     images = {"shift": torch.randn(3, 5), "x": IMAGES}
     explainer = Explainer(model, "conv", average=Augment(intensities=(1.0,)))
     expected = (plain(model, IMAGES, 1) + plain(model, IMAGES.flip(-1), 1).flip(-1)) / 2
     torch.testing.assert_close(explainer(images, 1).maps, expected)
     torch.testing.assert_close(explainer((IMAGES, images["shift"]), 1).maps, expected)
+
+
+def test_further_inputs_of_as_many_rows_as_images_need_not_be_the_samples() -> None:
+    class Similarity(Network):
+        def forward(self, x: Tensor, text: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x) @ text.T * scale
+
+    model, text = Similarity(), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+
+    def second(output: Tensor) -> Tensor:
+        return output.softmax(1)[:, 1]
+
+    expected = Explainer(model, "conv")((IMAGES, text), second).maps
+    model.batches.clear()
+    maps = Explainer(model, "conv", average=Smooth(3, std=0.0))((IMAGES, text), second).maps
+    torch.testing.assert_close(maps, expected)
+    assert model.batches == [3, 3, 3, 3]  # one copy at a time
 
 
 def test_several_layers() -> None:
