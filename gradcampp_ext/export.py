@@ -53,9 +53,9 @@ class ExplainedModel(nn.Module):
         self.topk, self.size = topk, size
         self._captured: list[Tensor] = []
         if site.reads_input:
-            site.module.register_forward_pre_hook(lambda _, args: self._keep(args[0]))
+            site.module.register_forward_pre_hook(self._before)  # a method: copies have their own
         else:
-            site.module.register_forward_hook(lambda *call: self._keep(call[-1]))
+            site.module.register_forward_hook(self._after)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self._captured.clear()
@@ -72,7 +72,10 @@ class ExplainedModel(nn.Module):
             maps = functional.interpolate(maps, self.size, mode=mode)
         return logits, maps
 
-    def _keep(self, activations: Tensor) -> None:
+    def _before(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._captured.append(args[0].clone())
+
+    def _after(self, _: nn.Module, __: tuple[Tensor, ...], activations: Tensor) -> None:
         self._captured.append(activations.clone())
 
     def _maps(self, activations: Tensor, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_channels_that_come_last() -> None:
     expected = Explainer(model, "block")(images, topk=3, size="feature").maps
     assert maps.shape == (2, 3, 4, 6)
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [None, "last"])  # hooked before it runs, and after
+def test_copies_and_files(layer: str | None) -> None:
+    exported = export_explainer(Network(), layer, example=IMAGES)
+    file = io.BytesIO()
+    torch.save(exported, file)
+    file.seek(0)
+    _, expected = exported(IMAGES)
+    for copy in (deepcopy(exported), torch.load(file, weights_only=False)):
+        assert torch.equal(copy(IMAGES)[1], expected)
+    assert torch.equal(exported(IMAGES)[1], expected)
 
 
 def test_torch_export() -> None:
