@@ -106,7 +106,18 @@ def test_broken_cuda_library_is_recorded(folder, monkeypatch):
     )
 
 
-def test_modules_are_attributes_of_the_package() -> None:
-    program = "import gradcampp_ext as gx; print(gx.targets.Contrast(3, 5), gx.reference.cam)"
+@pytest.mark.parametrize(
+    ("expression", "printed"),
+    [
+        ("gx.targets.Contrast(3, 5), gx.reference.cam", "Contrast(index=3, others=5"),
+        ("gx.metrics.confidence.masked", "<function masked"),
+        ("'road' in dir(gx.metrics)", "True"),
+        ("gx.batch.lightning.LogOverlays", "<class 'gradcampp_ext.batch.lightning.LogOverlays'>"),
+    ],
+)
+def test_modules_are_attributes_of_the_package(expression: str, printed: str) -> None:
+    if "lightning" in expression:
+        pytest.importorskip("lightning")
+    program = f"import gradcampp_ext as gx; print({expression})"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout.startswith("Contrast(index=3, others=5"), run.stderr
+    assert run.stdout.startswith(printed), run.stderr

@@ -9,6 +9,9 @@ summary = batch.run(
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from gradcampp_ext.batch import report
 from gradcampp_ext.batch.decode import DecodeError
 from gradcampp_ext.batch.engine import EngineError, Options
@@ -52,3 +55,11 @@ __all__ = [
     "report",
     "run",
 ]
+
+_MODULES = ("lightning", "ray")  # which need what is not always installed
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -53,8 +53,24 @@ __all__ = [
     "WinRate",
 ]
 
+_MODULES = (
+    "agreement",
+    "confidence",
+    "localization",
+    "perturbation",
+    "randomization",
+    "road",
+    "streaming",
+)
+
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.streaming"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
