@@ -72,6 +72,15 @@ def test_any_data_will_do(net):
         next(explain_dataset(explainer, Endless(), targets="label"))
 
 
+def test_data_that_cannot_be_explained(net):
+    pixels = [torch.zeros(3, 32, 32, dtype=torch.uint8)]
+    with pytest.raises(ValueError, match="images must hold a floating-point tensor"):
+        next(explain_dataset(Explainer(net), pixels))
+    mappings = [{"image": image, "label": 0} for image in images(2)]
+    with pytest.raises(TypeError, match=r"data must give tensors \[C, \*S\].*batches of dict"):
+        next(explain_dataset(Explainer(net), mappings))
+
+
 def test_a_model_in_another_dtype(net):
     (sample,) = explain_dataset(Explainer(net.to(torch.bfloat16)), list(images(1)))
     assert sample.maps.shape == (1, 32, 32)

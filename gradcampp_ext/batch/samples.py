@@ -66,7 +66,9 @@ def explain_dataset(
         batch_size, workers: of the DataLoader that is made if `data` is none.
 
     Raises:
-        ValueError: targets are labels and the data gives none; or as the explainer raises it.
+        TypeError: the data gives something else, such as mappings.
+        ValueError: targets are labels and the data gives none; or as the explainer raises it, as
+            for images of integers.
     """
     tensor = next(explainer.model.parameters(), torch.empty(0))
     loader = data
@@ -80,8 +82,14 @@ def explain_dataset(
         images, labels = (batch[0], batch[1] if len(batch) > 1 else None) if pair else (batch, None)
         if targets == "label" and labels is None:
             raise ValueError("targets are labels, but the data gives images alone")
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(
+                "data must give tensors [C, *S], or tuples that begin with image and label, got "
+                f"batches of {type(images).__name__}; take them apart by a DataLoader's collate_fn="
+            )
+        dtype = tensor.dtype if images.is_floating_point() else None  # the explainer refuses others
         explanation = explainer(
-            images.to(tensor.device, tensor.dtype, non_blocking=True),
+            images.to(tensor.device, dtype, non_blocking=True),
             torch.as_tensor(labels) if targets == "label" else targets,
             topk=topk,
             size=size,
