@@ -312,6 +312,9 @@ def check_weights(image_weight: float, heatmap_weight: float) -> None:
         )
 
 
+_OVERSHOOT = 0.25  # bicubic interpolation goes 1/9 beyond an edge, 0.235 beyond a corner
+
+
 def overlay(
     images: torch.Tensor | npt.NDArray[Any],
     maps: torch.Tensor,
@@ -323,7 +326,8 @@ def overlay(
     """Lay maps as colours over images: image_weight * image + alpha * colour, clipped.
 
     Args:
-        images: [N, H, W, 3] or [N, 3, H, W]; uint8, or floats in [0, 1].
+        images: [N, H, W, 3] or [N, 3, H, W]; uint8, or floats in [0, 1]. On a CPU, floats that are
+            outside by more than 1/4 are an error; bicubic resizing overshoots by less.
         maps: [N, H, W] in [0, 1], of the images' size.
         colormap: see `colormap`.
         alpha: weight of the colours.
@@ -333,7 +337,7 @@ def overlay(
 
     Raises:
         TypeError: `maps` is no tensor, `images` nothing that could become one.
-        ValueError: shapes, dtype, colour map or weights do not fit.
+        ValueError: shapes, dtype, range, colour map or weights do not fit.
     """
     import torch
 
@@ -347,6 +351,7 @@ def overlay(
         raise TypeError(f"images must be a tensor or an array: {error}") from error
     weight = 1 - alpha if image_weight is None else image_weight
     check_weights(weight, alpha)
+    given = pictures
     if maps.ndim == 3 and pictures.shape == (len(maps), 3, *maps.shape[1:]):
         pictures = pictures.permute(0, 2, 3, 1)
     if pictures.shape != (*maps.shape, 3):
@@ -357,6 +362,13 @@ def overlay(
     if pictures.dtype != torch.uint8:
         if not pictures.is_floating_point():
             raise ValueError(f"images must be uint8 or floats in [0, 1], got {pictures.dtype}")
+        if pictures.is_cpu and pictures.numel():  # a GPU would have to be waited for
+            low, high = map(float, given.aminmax())  # in the order of memory, or it is slow
+            if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+                raise ValueError(
+                    f"images must be floats in [0, 1], or uint8; got floats from {low:g} to "
+                    f"{high:g}; are they from 0 to 255, or normalized for the model?"
+                )
         pictures = pictures.float()
     table = torch.from_numpy(_table(colormap).copy()).to(maps.device)
     blend: torch.Tensor = torch.ops.gradcampp_ext.overlay(

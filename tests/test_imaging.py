@@ -338,6 +338,29 @@ def test_overlay_by_hand():
     torch.testing.assert_close(imaging.overlay(floats, maps), imaging.overlay(images, maps))
 
 
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (torch.full((1, 3, 8, 8), 200.0), "from 200 to 200; are they from 0 to 255, or normalized"),
+        (torch.linspace(-2.1, 2.6, 192).view(1, 8, 8, 3), "from -2.1 to 2.6"),
+        (torch.full((1, 3, 8, 8), float("nan")).half(), "from nan to nan"),
+    ],
+)
+def test_overlay_needs_pictures_as_seen(images, got):
+    with pytest.raises(ValueError, match=rf"images must be floats in \[0, 1\].*{got}"):
+        imaging.overlay(images, torch.zeros(1, 8, 8))
+
+
+def test_overlay_clips_what_interpolation_overshoots():
+    corner = torch.zeros(1, 3, 8, 8)
+    corner[..., 4:, 4:] = 1
+    images = torch.nn.functional.interpolate(corner, (64, 64), mode="bicubic")
+    assert images.max() > 1.2
+    drawn = imaging.overlay(images, torch.zeros(1, 64, 64), alpha=0)
+    assert torch.equal(drawn, imaging.overlay(images.clamp(0, 1), torch.zeros(1, 64, 64), alpha=0))
+    assert imaging.overlay(torch.zeros(0, 3, 8, 8), torch.zeros(0, 8, 8)).shape == (0, 8, 8, 3)
+
+
 def test_overlay_needs_the_maps_size():
     with pytest.raises(ValueError, match=r"\(1, 7, 7\).*got \(1, 8, 8, 3\)"):
         imaging.overlay(torch.zeros(1, 8, 8, 3), torch.zeros(1, 7, 7))
