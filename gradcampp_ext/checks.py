@@ -72,7 +72,7 @@ def eps(row: methods.Method, value: float | None) -> float:
     """The method's epsilon, or the caller's."""
     if value is None:
         return row.eps or 0.0
-    number = _number(value)
+    number = as_number(value)
     if row.eps is None and number != 0:
         raise ValueError(f"eps must be None or 0: method {row.name!r} has no epsilon; got {value}")
     if not 0 <= number < math.inf:
@@ -81,7 +81,7 @@ def eps(row: methods.Method, value: float | None) -> float:
 
 
 def temperature(value: float) -> float:
-    number = _number(value)
+    number = as_number(value)
     if not 0 < number < math.inf:
         raise ValueError(f"temperature must be finite and positive, got {value!r}")
     return number
@@ -94,7 +94,7 @@ def flag(name: str, value: bool) -> bool:
     return bool(value)
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """NaN for what is no number."""
     if isinstance(value, str | bytes):
         return math.nan

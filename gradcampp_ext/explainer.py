@@ -57,19 +57,26 @@ class Explanation:
     layer: str | tuple[str, ...]
     method: str
 
-    def overlay(self, images: Tensor, *, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:
+    def overlay(self, images: Any, *, colormap: str = "turbo", alpha: float = 0.5) -> Tensor:
         """The maps laid over images, uint8 [*maps.shape, 3].
 
         Args:
             images: as seen, not as normalized for the model: uint8 [N, H, W, 3] or [N, 3, H, W],
                 or floats in [0, 1]; H and W as the maps have.
             colormap, alpha: as ``gradcampp_ext.overlay`` takes them.
+        Raises: TypeError, ValueError as ``gradcampp_ext.overlay``.
         """
-        from gradcampp_ext import overlay
+        from gradcampp_ext import imaging
 
+        pictures = imaging.tensor(images, self.maps.device)
+        if self.maps.dim() < 4 or pictures.dim() != 4:
+            raise ValueError(
+                "overlays are of 2-D maps and images [N, H, W, 3] or [N, 3, H, W], got maps "
+                f"{list(self.maps.shape)} and images {list(pictures.shape)}"
+            )
         flat = self.maps.flatten(1, -3)
-        repeated = images.repeat_interleave(flat.shape[1], 0)
-        drawn: Tensor = overlay(repeated, flat.flatten(0, 1), colormap=colormap, alpha=alpha)
+        repeated = pictures.repeat_interleave(flat.shape[1], 0)
+        drawn = imaging.overlay(repeated, flat.flatten(0, 1), colormap=colormap, alpha=alpha)
         return drawn.reshape(*self.maps.shape, 3)
 
     def __repr__(self) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from gradcampp_ext import checks
+
 if TYPE_CHECKING:
     import os
 
@@ -287,7 +289,7 @@ def colormap(name: str) -> Pixels:
 
 @functools.cache
 def _table(name: str) -> Pixels:
-    base = name.removesuffix("_r")
+    base = name.removesuffix("_r") if isinstance(name, str) else ""
     if base in _tables():
         table = np.frombuffer(bytes.fromhex(_tables()[base]), np.uint8).reshape(256, 3)
         return table[::-1] if name != base else table
@@ -305,11 +307,23 @@ def _table(name: str) -> Pixels:
 
 def check_weights(image_weight: float, heatmap_weight: float) -> None:
     """ValueError unless an overlay can have these weights."""
-    if not (math.isfinite(image_weight) and math.isfinite(heatmap_weight)):
+    if not all(
+        math.isfinite(checks.as_number(weight)) for weight in (image_weight, heatmap_weight)
+    ):
         raise ValueError(
-            f"the weights of image and colours must be finite, got {image_weight} and "
-            f"{heatmap_weight}"
+            f"the weights of image and colours must be finite, got {image_weight!r} and "
+            f"{heatmap_weight!r}"
         )
+
+
+def tensor(images: Any, device: torch.device) -> torch.Tensor:
+    """Images as a tensor there; TypeError for what cannot become one."""
+    import torch
+
+    try:
+        return torch.as_tensor(images, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"images must be a tensor or an array: {error}") from error
 
 
 _OVERSHOOT = 0.25  # bicubic interpolation goes 1/9 beyond an edge, 0.235 beyond a corner
@@ -345,14 +359,15 @@ def overlay(
 
     if not isinstance(maps, torch.Tensor):
         raise TypeError(f"maps must be a torch.Tensor, got {type(maps).__name__}")
-    try:
-        pictures = torch.as_tensor(images, device=maps.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"images must be a tensor or an array: {error}") from error
+    if maps.ndim != 3:
+        raise ValueError(
+            f"maps must be [N, H, W], got {list(maps.shape)}; an explanation's are "
+            "explanation.maps[:, 0], or explanation.overlay(images) draws them all"
+        )
+    pictures = given = tensor(images, maps.device)
+    check_weights(alpha if image_weight is None else image_weight, alpha)
     weight = 1 - alpha if image_weight is None else image_weight
-    check_weights(weight, alpha)
-    given = pictures
-    if maps.ndim == 3 and pictures.shape == (len(maps), 3, *maps.shape[1:]):
+    if pictures.shape == (len(maps), 3, *maps.shape[1:]):
         pictures = pictures.permute(0, 2, 3, 1)
     if pictures.shape != (*maps.shape, 3):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -440,6 +441,24 @@ def test_overlay(layers) -> None:
     maps = explanation.maps[:, 1] if layers == "late" else explanation.maps[:, 1, 0]
     expected = overlay(images, maps, colormap="viridis", alpha=0.25)
     assert torch.equal(drawn[:, 1] if layers == "late" else drawn[:, 1, 0], expected)
+    for same in (images.numpy(), images.tolist()):
+        assert torch.equal(explanation.overlay(same, colormap="viridis", alpha=0.25), drawn)
+
+
+@pytest.mark.parametrize(
+    ("maps", "images", "error", "message"),
+    [
+        ((1, 2, 9), (1, 3, 9), ValueError, r"overlays are of 2-D maps .*maps \[1, 2, 9\] and im"),
+        ((1, 1, 4, 8, 8), (1, 3, 4, 8, 8), ValueError, r"2-D maps .*images \[1, 3, 4, 8, 8\]"),
+        ((1, 1, 8, 8), (3, 8, 8), ValueError, r"2-D maps .*images \[3, 8, 8\]"),
+        ((1, 1, 8, 8), None, TypeError, "images must be a tensor or an array"),
+    ],
+)
+def test_overlay_errors(maps, images, error, message) -> None:
+    explanation = Explainer(Network())(IMAGES)
+    explanation = dataclasses.replace(explanation, maps=torch.zeros(maps))
+    with pytest.raises(error, match=message):
+        explanation.overlay(images and torch.zeros(images))
 
 
 class _LiveBytes(TorchDispatchMode):

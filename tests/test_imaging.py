@@ -364,3 +364,17 @@ def test_overlay_clips_what_interpolation_overshoots():
 def test_overlay_needs_the_maps_size():
     with pytest.raises(ValueError, match=r"\(1, 7, 7\).*got \(1, 8, 8, 3\)"):
         imaging.overlay(torch.zeros(1, 8, 8, 3), torch.zeros(1, 7, 7))
+
+
+@pytest.mark.parametrize(
+    ("maps", "options", "message"),
+    [
+        (torch.zeros(1, 1, 8, 8), {}, r"maps must be \[N, H, W\], got \[1, 1, 8, 8\]; an explan"),
+        (torch.zeros(8, 8), {}, r"maps must be \[N, H, W\], got \[8, 8\]"),
+        (torch.zeros(1, 8, 8), {"colormap": None}, "colormap must be one of .*got None"),
+        (torch.zeros(1, 8, 8), {"alpha": "x"}, "weights .* must be finite, got 'x' and 'x'"),
+    ],
+)
+def test_overlay_arguments(maps, options, message):
+    with pytest.raises(ValueError, match=message):
+        imaging.overlay(torch.zeros(1, 8, 8, 3), maps, **options)
