@@ -94,6 +94,22 @@ def flag(name: str, value: bool) -> bool:
     return bool(value)
 
 
+def integer(name: str, value: int) -> int:
+    """The value; TypeError unless it is an integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """The values; TypeError unless they are integers, one after the other."""
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError:
+        raise TypeError(f"{name} must be several integers, got {values!r}") from None
+
+
 def as_number(value: Any) -> float:
     """NaN for what is no number."""
     if isinstance(value, str | bytes):

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from gradcampp_ext import head, layers, methods
+from gradcampp_ext import checks, head, layers, methods
 from gradcampp_ext.capture import Capture, Site, inference
 from gradcampp_ext.ops import cam
 from gradcampp_ext.smooth import PowerSums
 from gradcampp_ext.targets import Output, Scores, Target, Targets, resolve, select
-from gradcampp_ext.variations import Smooth
+from gradcampp_ext.variations import Smooth, Variations
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradcampp_ext.layers import Layout
-    from gradcampp_ext.variations import Variations
 
 Images: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 Size: TypeAlias = "Sequence[int] | Literal['feature'] | None"
@@ -127,7 +126,9 @@ class _Run:
                     f"gives {list(activations.shape)}, which does not lie over them; give a size, "
                     "or 'feature'"
                 )
-        return None if size == "feature" else self.image_size if size is None else size
+        if size is None:
+            return self.image_size
+        return None if isinstance(size, str) else size
 
     @property
     def activations(self) -> list[Tensor]:
@@ -229,6 +230,8 @@ class Explainer:
             raise ValueError(f"head must be 'auto' or 'autograd', got {head!r}")
         if activation not in ("softmax", "sigmoid"):
             raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {activation!r}")
+        if not isinstance(average, Variations | None):
+            raise TypeError(f"average must be Smooth(...), Augment(...) or None, got {average!r}")
         if isinstance(average, Smooth) and average.powers and method != "gradcampp":
             raise ValueError(
                 "average=Smooth(powers=True) is Smooth Grad-CAM++ and needs method 'gradcampp', "
@@ -239,7 +242,7 @@ class Explainer:
         self._several = not isinstance(target_layer, (str, nn.Module, NoneType))
         self._sites = self._find(target_layer)
         self.output = output
-        self._tokens = tokens
+        self._tokens = None if tokens is None else checks.integers("tokens", tokens)
         self._fuse = fuse
         self._average = average
         self._activation = activation

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
+from gradcampp_ext import checks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,6 +50,7 @@ class LogProbability:
     multilabel: bool = False
 
     def __call__(self, output: Tensor) -> Tensor:
+        _check(output, self.index)
         if self.multilabel:
             return torch.nn.functional.logsigmoid(output[:, self.index])
         return output.log_softmax(1)[:, self.index]
@@ -64,9 +67,21 @@ class Contrast:
     others: int | tuple[int, ...]
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        others = self._others()
+        if not others or self.index in others:
+            raise ValueError(
+                f"others must be at least one class, without the index {self.index} itself, got "
+                f"{self.others!r}"
+            )
+
     def __call__(self, output: Tensor) -> Tensor:
-        others = [self.others] if isinstance(self.others, int) else list(self.others)
+        others = self._others()
+        _check(output, self.index, *others)
         return output[:, self.index] - self.weight * output[:, others].mean(1)
+
+    def _others(self) -> list[int]:
+        return [self.others] if isinstance(self.others, int) else list(self.others)
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class LabelSum:
     indices: tuple[int, ...]
 
     def __call__(self, output: Tensor) -> Tensor:
+        _check(output, *self.indices)
         return output[:, list(self.indices)].sum(1)
 
 
@@ -91,11 +107,11 @@ class Region:
     mask: Tensor | None = None
 
     def __call__(self, output: Tensor) -> Tensor:
+        _check(output, self.index, dims=3)
         logits = output[:, self.index]
-        mask = self.mask
-        if mask is None:
-            mask = output.detach().argmax(1) == self.index
-        elif mask.shape not in (logits.shape, logits.shape[1:]):
+        mask = output.detach().argmax(1) == self.index if self.mask is None else self.mask
+        mask = torch.as_tensor(mask)
+        if mask.shape not in (logits.shape, logits.shape[1:]):
             raise ValueError(
                 f"mask must be {tuple(logits.shape[1:])} or {tuple(logits.shape)}, as the model's "
                 f"output is, got {tuple(mask.shape)}; resize it to the output"
@@ -110,6 +126,24 @@ class Region:
                 f"{int(filled.int().argmin())}; None means where the class is predicted"
             )
         return (logits.flatten(1) * weights).sum(1) / weights.sum(1)
+
+
+def _check(output: Any, *classes: int, dims: int = 2) -> None:
+    """ValueError unless the output has these classes, and as many dimensions."""
+    if not isinstance(output, torch.Tensor) or output.dim() < dims:
+        raise ValueError(
+            f"this target needs an output [N, classes{', *S' * (dims > 2)}], got "
+            f"{_described(output)}; choose a part by output="
+        )
+    for index in classes:
+        _check_class(index, output.shape[1])
+
+
+def _check_class(index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise ValueError(
+            f"targets must be classes from 0 to {count - 1}, as the output has {count}, got {index}"
+        )
 
 
 def select(returned: Any, output: Output) -> Any:
@@ -174,7 +208,7 @@ def resolve(
 
 
 def check_topk(topk: int, count: int) -> None:
-    if not 1 <= topk <= count:
+    if not 1 <= checks.integer("topk", topk) <= count:
         raise ValueError(f"topk must be from 1 to the {count} classes of the output, got {topk}")
 
 
@@ -203,9 +237,11 @@ def _classes(table: Tensor, targets: Targets, topk: int | None) -> Tensor:
         raise ValueError("targets must hold at least one class a sample, got none")
     wrong = classes[(classes < 0) | (classes >= count)]
     if len(wrong):
+        _check_class(int(wrong[0]), count)
+    if classes.shape == (batch, count) and count > 2 and batch and classes.max() <= 1:
         raise ValueError(
-            f"targets must be classes from 0 to {count - 1}, as the output has {count}, "
-            f"got {int(wrong[0])}"
+            f"targets must be classes, got only 0 and 1, {count} a sample, as many as the output "
+            "has; are they one-hot? give targets.argmax(1), or LabelSum for several labels"
         )
     return classes.to(table.device)
 

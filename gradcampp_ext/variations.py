@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gradcampp_ext import checks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -119,6 +121,8 @@ class Smooth(Variations):
     powers: bool = False
 
     def __post_init__(self) -> None:
+        checks.integer("samples", self.samples)
+        checks.integer("together", self.together)
         if self.samples < 1 or self.together < 1:
             raise ValueError(
                 f"samples and together must be at least 1, got {self.samples} and {self.together}"
@@ -157,12 +161,13 @@ class Augment(Variations):
     together: int = 2
 
     def __post_init__(self) -> None:
+        checks.integer("together", self.together)
         if not self.intensities or self.together < 1:
             raise ValueError(
                 "intensities must hold at least one factor and together be at least 1, got "
                 f"{self.intensities} and {self.together}"
             )
-        if any(not -3 <= dim < 0 for dim in self.flips):
+        if any(not -3 <= dim < 0 for dim in checks.integers("flips", self.flips)):
             raise ValueError(f"flips must be spatial dimensions, from -1 to -3, got {self.flips}")
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import devices
@@ -382,6 +383,11 @@ def test_error_of_a_model_made_in_inference_mode() -> None:
         Explainer(model, "late")
 
 
+def test_size_in_an_array() -> None:
+    explainer = Explainer(Network())
+    assert explainer(IMAGES, size=np.array([5, 6])).maps.shape[2:] == (5, 6)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -392,6 +398,9 @@ def test_error_of_a_model_made_in_inference_mode() -> None:
         ({"fuse": "sum"}, ValueError, "fuse must be 'mean', 'max' or None, got 'sum'"),
         ({"activation": "relu"}, ValueError, "activation must be 'softmax' or 'sigmoid'"),
         ({"normalize": "sum"}, ValueError, "normalize must be one of .*got 'sum'"),
+        ({"average": True}, TypeError, r"average must be Smooth\(...\).*got True"),
+        ({"average": Smooth}, TypeError, r"average must be Smooth\(...\).*got <class"),
+        ({"tokens": 5}, TypeError, "tokens must be several integers, got 5"),
     ],
 )
 def test_errors_of_construction(options, error, message) -> None:
@@ -408,6 +417,7 @@ def test_errors_of_construction(options, error, message) -> None:
         (IMAGES, {"targets": 5}, ValueError, "classes from 0 to 4, as the output has 5, got 5"),
         (IMAGES, {"size": "full"}, ValueError, "size must be integers, 'feature' or None"),
         (IMAGES, {"size": (3,)}, ValueError, "size must be 2 positive integers"),
+        (IMAGES, {"topk": 2.0}, TypeError, "topk must be an integer, got 2.0"),
         (IMAGES, {"targets": lambda output: output[:, 0].detach()}, CaptureError, "not depend"),
     ],
 )

@@ -117,12 +117,49 @@ def test_region() -> None:
     assert Region(1, torch.tensor([[1.0, 3.0]]))(dense).tolist() == [3.5, 6.75]
     per_sample = torch.tensor([[[True, True]], [[True, False]]])
     assert Region(1, per_sample)(dense).tolist() == [3.0, 6.0]
+    assert Region(1, per_sample.numpy())(dense).tolist() == [3.0, 6.0]
     with pytest.raises(ValueError, match=r"mask must be \(1, 2\) or \(2, 1, 2\).*got \(4, 4\)"):
         Region(1, torch.ones(4, 4))(dense)
     with pytest.raises(ValueError, match="zero everywhere, but is so for sample 0"):
         Region(1, torch.zeros(1, 2))(dense)
     with pytest.raises(ValueError, match="zero everywhere, but is so for sample 1"):
         Region(1, torch.tensor([[[True, True]], [[False, False]]]))(dense)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [LogProbability(3), Contrast(3, 1), Contrast(1, (0, 3)), LabelSum((0, 3)), Region(3)],
+    ids=str,
+)
+def test_targets_of_other_outputs(target) -> None:
+    output = OUTPUT.reshape(2, 3, 1, 1) if isinstance(target, Region) else OUTPUT
+    with pytest.raises(ValueError, match="classes from 0 to 2, as the output has 3, got 3"):
+        target(output)
+    shape = r"\[N, classes, \*S\]" if isinstance(target, Region) else r"\[N, classes\]"
+    with pytest.raises(ValueError, match=rf"an output {shape}, got a tensor \[2\]; choose"):
+        target(OUTPUT[:, 0])
+    with pytest.raises(ValueError, match=r"got dict with keys 'a'"):
+        target({"a": output})
+
+
+def test_the_last_class_is_not_minus_one() -> None:
+    with pytest.raises(ValueError, match="classes from 0 to 2, as the output has 3, got -1"):
+        LogProbability(-1)(OUTPUT)
+
+
+@pytest.mark.parametrize("others", [1, (), (0, 1)])
+def test_contrast_needs_others(others) -> None:
+    with pytest.raises(ValueError, match="others must be at least one class, without the index 1"):
+        Contrast(1, others)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_one_hot_labels_are_no_classes(dtype) -> None:
+    labels = torch.tensor([[0, 1, 0], [0, 0, 1]], dtype=dtype)
+    with pytest.raises(ValueError, match=r"one-hot\? give targets.argmax\(1\), or LabelSum"):
+        resolve(OUTPUT, labels, batch=2)
+    assert resolve(OUTPUT[:, :2], labels[:, :2], batch=2).targets.tolist() == [[0, 1], [0, 0]]
+    assert resolve(OUTPUT[:0], labels[:0], batch=0).targets.shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +180,8 @@ def test_region() -> None:
         ([LabelSum((0,)), 1], None, TypeError, "all callables or all classes, got 1 too"),
         (None, 0, ValueError, "topk must be from 1 to the 3 classes of the output, got 0"),
         (None, 4, ValueError, "topk must be from 1 to the 3 classes of the output, got 4"),
+        (None, 2.0, TypeError, "topk must be an integer, got 2.0"),
+        (None, "3", TypeError, "topk must be an integer, got '3'"),
         (1, 2, ValueError, "targets and topk exclude each other"),
         (LabelSum((0,)), 2, ValueError, "targets and topk exclude each other"),
         (

@@ -170,6 +170,20 @@ def test_errors(build, message) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Smooth(samples=2.5), "samples must be an integer, got 2.5"),
+        (lambda: Smooth(together="4"), "together must be an integer, got '4'"),
+        (lambda: Augment(together=None), "together must be an integer, got None"),
+        (lambda: Augment(flips=-1), "flips must be several integers, got -1"),
+    ],
+)
+def test_errors_of_types(build, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
 def test_channels_are_not_flipped() -> None:
     explainer = Explainer(Network(), "conv", average=Augment(flips=(-3,)))
     with pytest.raises(ValueError, match=r"from -1 to -2 for images \[3, 3, 10, 12\], got \(-3,\)"):
