@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +89,15 @@ def test_a_model_in_another_dtype(net):
 
 
 # Lightning
+
+
+def callback_at_a_batch(callback, batch, *loggers) -> None:
+    """Calls it as a trainer would after a validation batch, without training."""
+    trainer = SimpleNamespace(
+        current_epoch=0, global_step=1, sanity_checking=False, is_global_zero=True, loggers=loggers
+    )
+    callback.on_validation_epoch_start(trainer, Net())
+    callback.on_validation_batch_end(trainer, Net(), None, batch, 0)
 
 
 def fit(package: str, folder, *, callback=None, epochs: int = 1, loaders: int = 1, net=None):
@@ -195,6 +206,31 @@ def test_lightning_arguments():
         LogOverlays(targets="best")
     with pytest.raises(ValueError, match="at least 1"):
         LogOverlays(images=0)
+
+
+class TensorBoardLogger:
+    experiment = None
+
+
+@pytest.mark.parametrize(
+    ("batch", "loggers", "why"),
+    [
+        ({"image": images(2)}, (TensorBoardLogger(),), "batches must be images.*got dict"),
+        ((images(2),), (TensorBoardLogger(),), "labels, but the batches have images alone"),
+        ((images(2), torch.zeros(2)), (SimpleNamespace(),), "it has SimpleNamespace"),
+        ((images(2), torch.zeros(2)), (), "it has none"),
+    ],
+)
+def test_what_cannot_be_shown_is_told_once(batch, loggers, why):
+    pytest.importorskip("lightning")
+    from gradcampp_ext.batch.lightning import LogOverlays
+
+    callback = LogOverlays(targets="label")
+    with pytest.warns(UserWarning, match=rf"LogOverlays shows nothing: .*{why}"):
+        callback_at_a_batch(callback, batch, *loggers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback_at_a_batch(callback, batch, *loggers)
 
 
 def test_training_is_not_changed(tmp_path):

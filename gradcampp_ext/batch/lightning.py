@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,9 @@ class LogOverlays(*_callbacks()):  # type: ignore[misc]
     """Logs overlays of the first validation images to every TensorBoard logger of the trainer.
 
     Batches are images [N, 3, H, W], or tuples that begin with images and labels, as the module
-    takes them. The module's `forward` gives logits. Nothing is logged in the sanity check, and
-    only by the first process. The module is left as it was: no hook, gradient or flag stays.
+    takes them; of others, and without such a logger, it warns once and shows nothing. The module's
+    `forward` gives logits. Nothing is logged in the sanity check, and only by the first process.
+    The module is left as it was: no hook, gradient or flag stays.
 
     Args:
         target_layer, method: as of `Explainer`, of the module.
@@ -80,6 +82,7 @@ class LogOverlays(*_callbacks()):  # type: ignore[misc]
             pictures, maps, colormap=colormap, alpha=alpha
         )
         self._left: dict[int, int] = {}
+        self._warned = False
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._left.clear()
@@ -95,16 +98,27 @@ class LogOverlays(*_callbacks()):  # type: ignore[misc]
     ) -> None:
         left = self._left.get(dataloader_idx, self._images)
         due = trainer.current_epoch % self._every == 0 and not trainer.sanity_checking
-        boards = [logger.experiment for logger in trainer.loggers if _is_tensorboard(logger)]
-        if not (left and due and boards and trainer.is_global_zero):
+        if not (left and due and trainer.is_global_zero):
             return
+        boards = [logger.experiment for logger in trainer.loggers if _is_tensorboard(logger)]
         several = isinstance(batch, tuple | list)
-        images = (batch[0] if several else batch)[:left]
+        images = batch[0] if several else batch
         labels = batch[1][:left] if several and len(batch) > 1 else None
+        why = ""  # nothing can be shown
+        if not boards:
+            names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
+            why = f"the trainer needs a TensorBoardLogger, it has {names}"
+        elif not isinstance(images, torch.Tensor):
+            kind = type(images).__name__
+            why = f"batches must be images, or tuples that begin with them, got {kind}"
+        elif labels is None and "label" in self._targets:
+            why = "targets are labels, but the batches have images alone"
+        if why:
+            self._warn(why)
+            return
+        images = images[:left]
         columns = [self._pictures(images)]
         for target in self._targets:
-            if target == "label" and labels is None:
-                raise ValueError("targets are labels, but the batches have images alone")
             columns += self._overlays(pl_module, images, labels if target == "label" else None)
         rows = torch.cat(columns, 2)  # side by side
         tag = f"{self._tag}/{dataloader_idx}" if dataloader_idx else self._tag
@@ -112,6 +126,12 @@ class LogOverlays(*_callbacks()):  # type: ignore[misc]
             for n, row in enumerate(rows, self._images - left):
                 board.add_image(f"{tag}/{n}", row, trainer.global_step, dataformats="HWC")
         self._left[dataloader_idx] = left - len(images)
+
+    def _warn(self, why: str) -> None:
+        """Says once why nothing is shown; a training run does not end for it."""
+        if not self._warned:
+            warnings.warn(f"LogOverlays shows nothing: {why}", stacklevel=2)
+        self._warned = True
 
     def _overlays(self, module: Any, images: Tensor, labels: Tensor | None) -> list[Tensor]:
         """A column a layer, uint8 [N, H, W, 3] each."""
