@@ -244,6 +244,11 @@ def _torchvision(name: str, weights: Weights) -> LoadedModel:
     models = _import("torchvision.models", "torchvision")
     known = models.list_models(module=models)
     if name not in known:
+        if name in models.list_models():
+            raise ModelError(
+                f"torchvision:{name} is no classifier of pictures; explain it from Python, with a "
+                "target of its output, such as gradcampp_ext.targets.Region"
+            )
         raise _unknown("torchvision:", name, known)
     published = models.get_model_weights(name)
     chosen = published.DEFAULT

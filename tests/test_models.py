@@ -119,6 +119,7 @@ def test_known_names_are_no_indices():
         ("resnet50", "a model is demo, torchvision:NAME"),
         ("", "a model is demo"),
         ("torchvision:resnet51", "did you mean torchvision:resnet50"),
+        ("torchvision:fcn_resnet50", "torchvision:fcn_resnet50 is no classifier of pictures"),
         ("torchvision:", "a model is demo"),
         ("timm:resnet51", "there is no model timm:resnet51"),
         ("no.such.package:factory", "No module named 'no'"),
