@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from gradcampp_ext.accelerate import accelerate as accelerate
     from gradcampp_ext.capture import CaptureError as CaptureError
     from gradcampp_ext.explainer import Explainer as Explainer
@@ -57,6 +58,10 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version(__name__)
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

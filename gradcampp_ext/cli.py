@@ -652,8 +652,20 @@ def info() -> None:
     _table(rows)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print("gradcampp_ext", _version("gradcampp_ext"))
+        raise typer.Exit
+
+
 @app.callback()
 def _everywhere(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="The version alone.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
     accelerate: Annotated[
         str | None,
         typer.Option(

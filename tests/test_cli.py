@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import gradcampp_ext
 from gradcampp_ext import demo, imaging, models
 from gradcampp_ext.bench import BENCHMARKS
 from gradcampp_ext.cli import app
@@ -295,6 +296,13 @@ def test_info():
     assert "_cpu" in facts["libraries"]
     assert re.match(r" *(baseline|avx2|avx512|neon) of ", facts["instruction set"])
     assert facts["CUDA"].strip()
+
+
+def test_version():
+    assert call("--version")[0] == f"gradcampp_ext {gradcampp_ext.__version__}\n"
+    assert re.match(r"\d+\.\d+\.\d+", gradcampp_ext.__version__)
+    command = [sys.executable, "-m", "gradcampp_ext", "--version"]
+    assert call("--version")[0] == subprocess.check_output(command, text=True)
 
 
 @pytest.mark.parametrize(
