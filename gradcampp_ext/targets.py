@@ -15,6 +15,7 @@ import torch
 from gradcampp_ext import checks
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Target: TypeAlias = "Callable[[Any], Tensor]"
@@ -99,12 +100,12 @@ class LabelSum:
 class Region:
     """A class over a region of a dense output [N, classes, *S]: the mean of its logit there.
 
-    ``mask`` is [*S] or [N, *S], boolean or weights, and not zero everywhere; None means where the
-    class is predicted (the whole output where it is so nowhere).
+    ``mask``, a tensor or an array, is [*S] or [N, *S], boolean or weights, and not zero everywhere;
+    None means where the class is predicted (the whole output where it is so nowhere).
     """
 
     index: int
-    mask: Tensor | None = None
+    mask: Tensor | NDArray[Any] | None = None
 
     def __call__(self, output: Tensor) -> Tensor:
         _check(output, self.index, dims=3)
