@@ -49,7 +49,11 @@ def test_derivatives_match_the_oracle(device, method, dtype):
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_gradcheck(method, normalize):
     eps = None if methods.get(method).eps is None else 0.05
-    for shape, size, rectify in [((1, 3, 3, 2), (4, 5), None), ((1, 2, 3), None, False)]:
+    for shape, size, rectify in [
+        ((1, 3, 3, 2), (4, 5), None),
+        ((1, 2, 3), None, False),
+        ((1, 3, 4), None, True),
+    ]:
         a = torch.rand(shape, dtype=torch.float64) + (0.1 if rectify is False else -0.3)
         g = torch.randn(shape[0], 2, *shape[1:], dtype=torch.float64)
 
@@ -93,6 +97,18 @@ def test_a_flat_map_has_no_derivatives():
     by_a, by_g = found(torch.ones(1, 4), torch.ones(1, 3, 4), torch.ones(1, 3, 4))
     assert not by_a.any()
     assert not by_g.any()
+
+
+def test_expanded_derivatives_by_raw_maps():
+    """Those of a sum over the maps, which need not be contiguous."""
+    a, g = (x.requires_grad_() for x in make_pair((2, 12, 4, 4)))
+    for size in (None, (8, 8)):
+        options = {"normalize": None, "relu": False, "size": size}
+        by_maps = torch.ones(2, *(size or (4, 4)))
+        expected = derivatives(by_maps, a.detach(), g.detach(), **options)
+        actual = torch.autograd.grad(gx.cam(a, g, **options).sum(), (a, g))
+        for one, truth in zip(actual, expected, strict=True):
+            assert error(one, truth) <= GRADIENT_TOLERANCE[torch.float32]
 
 
 def test_expanded_gradients():

@@ -64,6 +64,7 @@ def test_bias_and_frozen_weights(bias: bool, frozen: bool) -> None:
     model = Headed(HEADS["modules"], bias).requires_grad_(not frozen)
     closed, expected = both(model, IMAGES, CLASSES)
     assert torch.equal(closed, expected)
+    assert not closed.requires_grad
 
 
 def test_classes_alike_for_all_samples_stay_expanded() -> None:
@@ -99,6 +100,7 @@ def test_other_layouts() -> None:
         lambda m, x: m.linear(x.mean((2, 3)).t().reshape(2, 6)),
         lambda m, x: m.linear(x[:, :, 1:].mean((2, 3))),
         lambda m, x: m.linear(x.mean(3)[:, :, 0]),
+        lambda m, x: functional.linear(x.mean((1, 2, 3)).view(2, 1), m.linear.weight[:, :1]),
         lambda m, x: m.linear(x.mean((2, 3))).log_softmax(1),
         lambda m, x: m.linear(x.mean((2, 3))) * 2,
         lambda m, x: torch.addmm(m.linear.bias, x.mean((2, 3)), m.linear.weight.t(), alpha=2),
@@ -129,7 +131,7 @@ def test_explainer_runs_no_backward(method: str, monkeypatch: pytest.MonkeyPatch
     model = Headed(HEADS["modules"])
     explainer = Explainer(model, "conv", method)
     expected = explainer(IMAGES, [lambda output, k=k: output[:, k] for k in range(5)]).maps
-    explainer(IMAGES)  # compares the first gradients with autograd's
+    explainer(IMAGES, topk=2)  # compares the first gradients with autograd's
     monkeypatch.setattr(torch.autograd, "grad", None)
     explanation = explainer.all_classes(IMAGES, size=(4, 6))
     assert explanation.targets.tolist() == [[0, 1, 2, 3, 4]] * 2

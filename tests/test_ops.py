@@ -300,7 +300,8 @@ def test_opcheck(device):
     images = torch.randint(0, 256, (2, 6, 5, 3), dtype=torch.uint8, device=device)
     table = torch.randint(0, 256, (256, 3), dtype=torch.uint8, device=device)
     maps = torch.rand(2, 6, 5, device=device)
-    torch.library.opcheck(op.overlay.default, (images, maps, table, 0.5, 0.5))
+    for pictures in (images, images / 255):
+        torch.library.opcheck(op.overlay.default, (pictures, maps, table, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("device", devices())
@@ -349,6 +350,18 @@ def test_bad_arguments_are_explained(change, error_type, words):
     arguments.update(change)
     with pytest.raises(error_type, match=words.replace("(", r"\(").replace("+", r"\+")):
         gx.cam(arguments.pop("activations"), arguments.pop("gradients"), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_tensors_that_are_not_dense_are_told():
+    dense = torch.ones(2, 5, 4, 4)
+    others = {
+        "nested": torch.nested.nested_tensor(list(dense)),
+        "torch.sparse_coo": dense.to_sparse(),
+    }
+    for kind, other in others.items():
+        with pytest.raises(TypeError, match=f"gradients must be a dense tensor, got a {kind} one"):
+            gx.cam(dense, other)
 
 
 def test_elementwise_methods_have_no_channel_weights():

@@ -180,6 +180,18 @@ def test_bad_gradients_are_explained(gradients, kind, words):
     assert sums.copies == 1
 
 
+@pytest.mark.parametrize(
+    ("activations", "kind", "words"),
+    [
+        (None, TypeError, "activations must be a torch.Tensor, got NoneType"),
+        (torch.ones(2, 5), ValueError, "one to three spatial sizes"),
+    ],
+)
+def test_bad_activations_are_explained(activations, kind, words):
+    with pytest.raises(kind, match=words):
+        gx.PowerSums(activations)
+
+
 class Network(nn.Module):
     """Two layers after ``conv``, so that its gradients change with the noise."""
 

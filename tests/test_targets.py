@@ -84,6 +84,7 @@ def test_callables() -> None:
     assert several.values[:, 0].tolist() == [6.0, 4.0]
     torch.testing.assert_close(several.values[:, 1], OUTPUT.log_softmax(1)[:, 1])
     assert several.targets[1] == LogProbability(1)
+    assert isinstance(several.targets, tuple)  # not the caller's list, which may change
 
 
 def test_callable_on_an_output_that_is_no_table() -> None:
