@@ -223,6 +223,15 @@ def test_recipe_equals_timm(size, mode, resize, target, fraction):
     torch.testing.assert_close(ours, transform(image), rtol=0, atol=2e-6)
 
 
+def test_fit_may_leave_a_border_on_all_sides():
+    recipe = Recipe((6, 8), "fit", (4, 4), "nearest")
+    picture = recipe.picture(Image.new("RGB", (2, 2), (9, 9, 9)))
+    expected = np.empty((6, 8, 3), np.uint8)
+    expected[:] = recipe._fill
+    expected[1:5, 2:6] = 9
+    np.testing.assert_array_equal(picture, expected)
+
+
 def test_article_recipes():
     image = noise(448, 672)
     # shorter side to 224 by LANCZOS: 224 x 336, the central 224 rows of it

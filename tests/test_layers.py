@@ -125,6 +125,18 @@ class Functional(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
+class ChannelsLast(nn.Module):
+    """Maps [N, *S, C] without a layer normalization: their proportions alone tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 20)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embed(x).movedim(1, -1)).mean((1, 2)))
+
+
 def fully_convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -208,6 +220,7 @@ class UnusedPooler(MeanOfTokens):
         (vision_transformer, (32, 32), "encoder.layers.encoder_layer_1.ln_1"),
         (swin, (32, 48), "avgpool:input"),
         (HeadsBehind, (32, 48), "embed"),
+        (ChannelsLast, (16, 24), "block"),
     ],
 )
 def test_default(build, size, name) -> None:
@@ -339,9 +352,11 @@ def layout_of(model, name, x, tokens=None) -> Layout:
         (vision_transformer, "encoder.layers.encoder_layer_0", (32, 32), Layout((4, 4), 1)),
         (lambda: MeanOfTokens(0), "block", (16, 24), Layout((4, 6), 0)),
         (lambda: MeanOfTokens(5), "block", (16, 24), Layout((4, 6), 5)),
+        (lambda: MeanOfTokens(8), "block", (16, 24), Layout((4, 6), 8)),
         (swin, "features.1", (32, 48), Layout((8, 12))),
         (swin, "features.3", (32, 48), Layout((4, 6))),
         (swin, "features.1", (32, 32), Layout((8, 8))),  # [N, 8, 8, 8]
+        (ChannelsLast, "block", (16, 24), Layout((4, 6))),
         (swin, "avgpool:input", (32, 48), Layout()),
         (pooled, "0", (6, 6), Layout()),  # [N, 4, 4, 4]
         (pooled, "2:input", (6, 17), Layout()),
@@ -366,17 +381,19 @@ def test_image_size() -> None:
     assert layers.image_size(pooled(), (), {"x": image(9, 8)}) == [9, 8]
 
 
-def test_layout_after_patch_merging() -> None:
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_layout_after_patch_merging(factor) -> None:
     class Merging(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.merge = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(32, 8)
+            self.embed, self.merge = nn.Conv2d(3, 2, 4, stride=4), nn.Linear(2 * factor**2, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = nn.functional.pixel_unshuffle(self.embed(x), 2)
+            x = nn.functional.pixel_unshuffle(self.embed(x), factor)
             return self.merge(x.flatten(2).transpose(1, 2)).mean(1)
 
-    assert layout_of(Merging(), "merge", image(16, 24)) == Layout((2, 3), 0)
+    x = image(8 * factor, 12 * factor)
+    assert layout_of(Merging(), "merge", x) == Layout((2, 3), 0)
 
 
 def test_layout_is_told() -> None:
@@ -387,7 +404,7 @@ def test_layout_is_told() -> None:
         layout_of(MeanOfTokens(3), "block", x, tokens=(1, 6, 4))
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 3, 3), (2, 50, 8), (2, 8)])
+@pytest.mark.parametrize("shape", [(4, 4, 3, 3), (2, 50, 8), (2, 24 + 9, 8), (2, 8)])
 def test_layout_errors(shape) -> None:
     model = MeanOfTokens(0)
     x = image(16, 24)

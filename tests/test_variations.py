@@ -76,6 +76,17 @@ def test_noise() -> None:
     assert torch.equal(Smooth(seed=1).apply(images, 2), made[5])
 
 
+def test_noise_is_a_share_of_the_range_of_all_channels() -> None:
+    images = torch.rand(1, 2, 100, 100) * torch.tensor([1.0, 10.0]).reshape(1, 2, 1, 1)
+    noise = Smooth(std=0.2).apply(images, 0) - images
+    torch.testing.assert_close(noise.std((0, 2, 3)), torch.full((2,), 2.0), rtol=0.03, atol=0)
+
+
+def test_channels_have_noise_of_their_own() -> None:
+    noise = Smooth().apply(IMAGES, 0) - IMAGES
+    assert not torch.allclose(noise[:, 0], noise[:, 1], atol=0.1)
+
+
 def test_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
     Explainer(Network(), "conv", average=Smooth(2))
