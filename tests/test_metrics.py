@@ -17,6 +17,7 @@ from gradcampp_ext.metrics import (
     localization,
     perturbation,
     randomization,
+    road,
     streaming,
 )
 from gradcampp_ext.metrics.road import impute
@@ -164,12 +165,12 @@ def test_baselines(images):
 
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
 def test_imputation_is_that_of_pytorch_grad_cam(images, share):
-    road = pytest.importorskip("pytorch_grad_cam.metrics.road")
+    theirs = pytest.importorskip("pytorch_grad_cam.metrics.road")
     maps = nn.functional.interpolate(torch.rand(2, 1, 4, 4), (24, 30), mode="bilinear")[:, 0]
     wide = torch.rand(2, 3, 24, 30) * 4 - 2
     removed = perturbation.removal(maps, share, "morf")
     found = impute(wide, removed, noise=0, tolerance=1e-6)
-    peer = road.NoisyLinearImputer(noise=0.0)
+    peer = theirs.NoisyLinearImputer(noise=0.0)
     for image, gone, own in zip(wide, removed, found, strict=True):
         torch.testing.assert_close(own, peer(image, (~gone).float()), atol=1e-3, rtol=0)
 
@@ -188,6 +189,16 @@ def test_imputed_noise_and_what_stays(images):
         impute(images, torch.ones(5, 24, 24, dtype=torch.bool))
     with pytest.raises(ValueError, match="removed must be boolean"):
         impute(images, torch.ones(5, 24, 24))
+
+
+def test_a_large_hole_is_filled_in_few_steps(monkeypatch):
+    """In 45; without the corrections of whole cells it takes 153."""
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    removed = torch.ones(1, 64, 64, dtype=torch.bool)
+    removed[:, :4] = False
+    expected = impute(images, removed)
+    monkeypatch.setattr(road, "_LIMIT", 52)
+    assert torch.equal(impute(images, removed), expected)
 
 
 def test_removal_of_either_end():
@@ -276,6 +287,14 @@ def test_sensitivity_is_captums(network, images):
     maps = explainer(images, classes).maps[:, 0]
     noisy = torch.stack([explainer(images + noise, classes).maps[:, 0] for noise in noises])
     torch.testing.assert_close(agreement.sensitivity(maps, noisy), theirs)
+
+
+def test_sensitivity_of_faint_and_empty_maps():
+    """Relative to the map, however faint it is; a map that is zero everywhere is of norm 1."""
+    maps = torch.zeros(2, 2, 2)
+    maps[0, 0, 0] = 0.1
+    noisy = torch.stack([maps, maps + 0.2])
+    assert agreement.sensitivity(maps, noisy).tolist() == pytest.approx([4, 0.4])
 
 
 # Randomisation
@@ -371,6 +390,24 @@ def test_halves_merge_into_the_whole(kind, arguments, values):
     assert restored.count == 0
     whole.reset()
     assert whole.count == 0
+
+
+def test_streaming_metrics_say_which_way_is_good():
+    lower = {kind.__name__ for kind, _, _ in STREAMING if not kind.higher_is_better}
+    assert lower == {
+        "AverageDrop",
+        "Deletion",
+        "Complexity",
+        "MaxSensitivity",
+        "RandomizationCheck",
+    }
+
+
+def test_streaming_metrics_lose_no_small_values():
+    metric = metrics.Complexity()
+    for value in (2.0**24, 1.0, 1.0):  # float32 has no 2**24 + 1
+        metric.update(torch.full((1, 1, 1), value))
+    assert float(metric.compute()) == (2**24 + 2) / 3
 
 
 def test_all_streaming_metrics_are_tested_and_exported():
