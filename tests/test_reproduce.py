@@ -135,6 +135,20 @@ def test_the_commit_of_an_installed_package_is_the_builds(tmp_path, monkeypatch)
     assert _native.commit.__wrapped__() == "0123abc"
 
 
+def test_an_overlay_says_what_its_map_is_of():
+    about = provenance.about({"method": "several"}, {})
+    row = {"method": "gradcam", "layer": "pool:input", "rank": 2, "target": 3, "path": "a.jpg"}
+    told = json.loads(provenance.exif(about, row)[270])
+    assert told == {
+        **about,
+        "map": {"method": "gradcam", "layer": "pool:input", "rank": 2, "target": 3},
+    }
+
+
+def test_the_id_of_settings_stays_what_it_is_in_outputs_already_made():
+    assert provenance.identity({"size": [2, 3], "method": "x"}) == "f3fbf7bccf2f66c4"
+
+
 # Going on under other conditions
 
 
@@ -167,6 +181,14 @@ def test_other_conditions_are_noted_with_the_first_row(tmp_path):
     runs = run_json(str(tmp_path))["runs"]
     noted = [(run["first_row"], run["environment"]["threads"]) for run in runs]
     assert noted == [(0, 2), (2, 3)]
+
+
+def test_options_of_the_command_are_conditions(tmp_path):
+    for device in ("cpu", "cuda"):
+        run = {**conditions(), "command": {"device": device}}
+        with Record(tmp_path, {}, run) as opened:
+            opened.finish([{**ROW, "path": device}])
+    assert opened.conditions == ["device was 'cpu' and is now 'cuda'"]
 
 
 def test_whoever_goes_on_under_other_conditions_is_told():
