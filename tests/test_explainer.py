@@ -152,6 +152,12 @@ def test_targets_that_are_no_logits(target, score) -> None:
     assert explanation.maps.any()
 
 
+def test_probabilities_of_labels() -> None:
+    model = Network().eval()
+    explanation = Explainer(model, "late", activation="sigmoid")(IMAGES, topk=2)
+    torch.testing.assert_close(explanation.probabilities, explanation.scores.sigmoid())
+
+
 def test_regression() -> None:
     model = Network().double()
     model.head = nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)).double()  # [N]

@@ -142,6 +142,13 @@ def test_explainer_runs_no_backward(method: str, monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_callables_after_classes_are_differentiated() -> None:
+    explainer = Explainer(Headed(HEADS["modules"]), "conv")
+    expected = explainer(IMAGES, 1).maps
+    maps = explainer(IMAGES, lambda output: output[:, 1]).maps
+    torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_all_classes_of_any_head() -> None:
     model = Headed(lambda m, x: m.linear(x.relu().mean((2, 3))))
     explanation = Explainer(model, "conv").all_classes(IMAGES)
