@@ -127,7 +127,7 @@ class PowerSums:
             memory = one.new_zeros(3 * one.numel(), dtype=torch.float64)
             self._sums = memory.as_strided((3, *one.shape), (one.numel(), *strides))
             self._single = single
-        elif single != self._single or self._sums.shape[2] != by_copy.shape[2]:
+        elif self._sums.shape[2] != by_copy.shape[2]:
             raise ValueError(
                 f"gradients must be of {self._sums.shape[2]} targets as those before, got "
                 f"{by_copy.shape[2]}"

@@ -284,3 +284,12 @@ def test_callable_targets():
 def test_other_methods_are_refused():
     with pytest.raises(ValueError, match=r"needs method 'gradcampp', got 'layercam'"):
         gx.Explainer(Network(), "conv", "layercam", average=gx.Smooth(powers=True))
+
+
+def test_one_target_may_be_given_with_and_without_its_dimension():
+    activations, gradients = make_pair((2, 5, 4, 4), dtype=torch.float64)
+    sums, whole = gx.PowerSums(activations), gx.PowerSums(activations)
+    sums.add(gradients.unsqueeze(1))
+    sums.add(gradients)
+    whole.add(torch.cat([gradients, gradients]).unsqueeze(1))
+    torch.testing.assert_close(sums.cam(), whole.cam())
