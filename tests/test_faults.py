@@ -92,10 +92,10 @@ def child(
     log = os.open(f"{out}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     real = Engine.__call__
 
-    def call(engine: Engine, pictures: Any) -> Any:
+    def call(engine: Engine, pictures: Any, draw: Any) -> Any:
         os.write(log, "".join(f"{item.path}\n" for item in pictures.items).encode())
         time.sleep(0.02)
-        return real(engine, pictures)
+        return real(engine, pictures, draw)
 
     Engine.__call__ = call
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -131,6 +131,12 @@ def end(process: Any, out: Path) -> str:
     return Path(f"{out}.err").read_text()
 
 
+def wait_for_a_record(process: Any, out: Path) -> None:
+    while not recorded(out):
+        assert process.is_alive(), end(process, out)
+        time.sleep(0.01)
+
+
 def recorded(out: Path) -> list[str]:
     """Paths that results.jsonl says are done; a torn last line is not one."""
     with contextlib.suppress(FileNotFoundError):
@@ -149,6 +155,7 @@ def test_killed_at_random_moments(tmp_path, pictures, whole, seed):
         log.unlink(missing_ok=True)
         process = start(pictures, out, workers=kills % 2)
         time.sleep(moments.uniform(0, 0.6))
+        assert process.is_alive() or process.exitcode == 0, end(process, out)
         process.kill()
         process.join(60)
         kills += 1
@@ -176,8 +183,7 @@ def writers(err: Path) -> list[str]:
 def test_workers_end_with_a_run_that_is_killed(tmp_path, pictures):
     out = tmp_path / "out"
     process = start(pictures, out, workers=1)
-    while not recorded(out):
-        time.sleep(0.01)
+    wait_for_a_record(process, out)
     assert len(writers(Path(f"{out}.err"))) > 1
     process.kill()
     process.join(60)
@@ -303,8 +309,7 @@ def test_interrupted_by_an_exception(tmp_path, pictures, whole):
     """As a second Ctrl-C does, which does not wait for the batch in flight."""
     out = tmp_path / "out"
     process = start(pictures, out)
-    while not recorded(out):
-        time.sleep(0.01)
+    wait_for_a_record(process, out)
     os.kill(process.pid, signal.SIGINT)
     assert "KeyboardInterrupt" in end(process, out)
     assert 0 < len(recorded(out)) < PICTURES - BROKEN
