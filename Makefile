@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp ## explain real photographs into out/demo
 	$(BIN)/python -m gradcampp_ext.demo
 
 test: $(VENV)/test.stamp ## pytest; REQUIRE_CUDA=1 makes a missing GPU fail
-	$(BIN)/pytest
+	$(BIN)/pytest -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 sanitize: $(VENV)/test.stamp ## compute-sanitizer over the op's tests; needs a GPU
 	REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
