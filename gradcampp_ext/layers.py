@@ -105,7 +105,7 @@ def find(model: nn.Module, layer: str | nn.Module) -> Site:
         hint = (
             f"did you mean {' or '.join(map(repr, close))}?"
             if close
-            else "gradcampp_ext.layers.candidates lists them"
+            else "gradcampp_ext.layers.candidates, or gradcampp layers MODEL, lists them"
         )
         raise ValueError(f"target_layer {name!r} is not the name of a module of the model; {hint}")
     return _hookable(Site(layer, modules[name], reads_input=bool(colon)))

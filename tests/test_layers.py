@@ -44,7 +44,7 @@ def test_find() -> None:
     ("layer", "message"),
     [
         ("layer44", "'layer44' is not the name of a module of the model; did you mean 'layer4'"),
-        ("xyz", "'xyz' is not the name .*candidates lists them"),
+        ("xyz", "'xyz' is not the name .*candidates, or gradcampp layers MODEL, lists them"),
         ("layer4:output", "may end in ':input' and nothing else, got 'layer4:output'"),
         (nn.ReLU(), "this ReLU is none of its modules"),
     ],
