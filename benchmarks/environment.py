@@ -68,7 +68,9 @@ def _commit() -> str | None:
 
     Of a source distribution, the commit that it was made of.
     """
-    commit = of_checkout(Path(__file__).parent.parent, "csrc", "*.py") or _native.commit()
+    commit = (
+        of_checkout(Path(__file__).parent.parent, "csrc", "*.py") or _native.build_info().commit
+    )
     return commit and commit[:7] + ("+" if commit.endswith("+") else "")
 
 

@@ -80,6 +80,11 @@ def eps(row: methods.Method, value: float | None) -> float:
     return number
 
 
+def rectify(row: methods.Method, value: bool | None) -> bool:
+    """The method's own, or the caller's."""
+    return row.rectify if value is None else flag("rectify", value)
+
+
 def temperature(value: float) -> float:
     number = as_number(value)
     if not 0 < number < math.inf:

@@ -119,16 +119,16 @@ class _Run:
         """A size of maps as the op takes it."""
         if isinstance(size, str) and size != "feature":
             raise ValueError(f"size must be integers, 'feature' or None, got {size!r}")
+        if size is not None:
+            return None if isinstance(size, str) else size
         for site, activations in zip(self.capture.sites, self.activations, strict=True):
-            if size is None and activations.dim() - 2 != len(self.image_size):
+            if activations.dim() - 2 != len(self.image_size):
                 raise ValueError(
                     f"size=None is that of the images, {self.image_size}, but layer {site.name!r} "
                     f"gives {list(activations.shape)}, which does not lie over them; give a size, "
                     "or 'feature'"
                 )
-        if size is None:
-            return self.image_size
-        return None if isinstance(size, str) else size
+        return self.image_size
 
     @property
     def activations(self) -> list[Tensor]:

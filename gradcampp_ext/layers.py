@@ -159,10 +159,12 @@ def default(
     sites = _sites(calls[: max(learned, default=0)], image) or _sites(calls, image)
     sites.sort(key=lambda pair: _lies_over(pair[1], image))  # attention's [N, heads, T, T] first
     for site, shape in reversed(sites):
-        if tokens is None:
-            found = _patches(shape, image, calls) if len(shape) < image.dim() else Layout()
-        else:
+        if tokens is not None:
             found = _told(shape, tokens)
+        elif len(shape) < image.dim():
+            found = _patches(shape, image, calls)
+        else:
+            found = Layout()
         if found is None:
             continue
         if found.prefix is None:

@@ -170,7 +170,7 @@ def cam(
         normalize or "none",
         interpolation,
         checks.flag("relu", relu),
-        row.rectify if rectify is None else checks.flag("rectify", rectify),
+        checks.rectify(row, rectify),
         checks.eps(row, eps),
         checks.temperature(temperature),
     )
@@ -208,7 +208,7 @@ def channel_weights(
         activations.detach(),
         gradients.detach(),
         method,
-        row.rectify if rectify is None else checks.flag("rectify", rectify),
+        checks.rectify(row, rectify),
         checks.eps(row, eps),
         checks.temperature(temperature),
     )

@@ -80,13 +80,13 @@ class PowerSums:
         """
         if self._sums is None:
             raise ValueError("no gradients were added: there is nothing to make weights from")
-        space = self._activations.shape[2:]
+        row, space = methods.get("gradcampp"), self._activations.shape[2:]
         weights: Tensor = torch.ops.gradcampp_ext.power_weights(
             self._activations,
             self._sums.expand(*self._sums.shape[:4], *space),
             self.copies,
-            _rectified(rectify),
-            checks.eps(methods.get("gradcampp"), eps),
+            checks.rectify(row, rectify),
+            checks.eps(row, eps),
         )
         return weights.squeeze(1) if self._single else weights
 
@@ -113,7 +113,7 @@ class PowerSums:
             normalize=normalize,
             interpolation=interpolation,
             relu=relu,
-            rectify=_rectified(rectify),
+            rectify=checks.rectify(methods.get("gradcampp"), rectify),
         )
 
     def _room(self, by_copy: Tensor, single: bool) -> Tensor:
@@ -142,7 +142,3 @@ class PowerSums:
             return []
         sizes = zip(self._sums.shape[4:], self._activations.shape[2:], strict=True)
         return [dim for dim, (kept, length) in enumerate(sizes, start=4) if kept != length]
-
-
-def _rectified(rectify: bool | None) -> bool:
-    return True if rectify is None else checks.flag("rectify", rectify)

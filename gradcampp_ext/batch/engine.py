@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -152,19 +152,14 @@ class Engine:
         while len(rows) < len(batch.items):
             part = batch.part(len(rows), len(rows) + self._limit)
             try:
-                found, rendered = self._explain(part)
-                drawn.append(draw(rendered))
+                with telling(f"maps of {self._size} pixels cannot be drawn"):
+                    found, rendered = self._explain(part)
+                    drawn.append(draw(rendered))
             except torch.OutOfMemoryError as error:
                 if self._limit == 1:
                     raise EngineError(
                         f"{self._options.device} has not enough memory for one picture: {error}"
                     ) from error
-            except (EngineError, CaptureError):
-                raise
-            except RuntimeError as error:  # as a CPU's lack of memory is told
-                raise EngineError(
-                    f"maps of {self._size} pixels cannot be drawn: {error}"
-                ) from error
             else:
                 rows += found
                 batch.failures += part.failures
@@ -254,15 +249,22 @@ def blank(model: LoadedModel, options: Options) -> Tensor:
 
 
 @contextmanager
-def trying(pictures: Tensor) -> Iterator[None]:
-    """Where a network that fails on these pictures is told of."""
+def telling(what: str) -> Iterator[None]:
+    """What torch raises here, a CPU's lack of memory too, as an EngineError that says what failed.
+
+    A GPU's lack of memory stays what it is, since the batch may be halved.
+    """
     try:
         yield
-    except (CaptureError, torch.OutOfMemoryError):
+    except (EngineError, CaptureError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        shape = tuple(pictures.shape)
-        raise EngineError(f"the model fails on pictures {shape}: {error}") from error
+        raise EngineError(f"{what}: {error}") from error
+
+
+def trying(pictures: Tensor) -> AbstractContextManager[None]:
+    """Where a network that fails on these pictures is told of."""
+    return telling(f"the model fails on pictures {tuple(pictures.shape)}")
 
 
 def compiled(network: nn.Module, layers: Sequence[str]) -> dict[str, Forward]:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gradcampp_ext.batch.engine import EngineError, rounded, rows_of, statistics
+from gradcampp_ext.batch.engine import EngineError, rounded, rows_of, statistics, trying
 from gradcampp_ext.batch.sinks import Rendered
 from gradcampp_ext.batch.sources import label_key
-from gradcampp_ext.capture import CaptureError
 from gradcampp_ext.evaluation.boxes import Annotations, seen
 from gradcampp_ext.evaluation.contenders import parse
 from gradcampp_ext.evaluation.measures import METRICS
@@ -171,15 +170,12 @@ class Evaluator:
             return [], None
         images = self._images(batch)
         try:
-            return self._evaluate(images, batch)
+            with trying(images):
+                return self._evaluate(images, batch)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"{images.device} has not enough memory: {error}; choose a smaller batch_size"
             ) from error
-        except CaptureError:
-            raise
-        except RuntimeError as error:
-            raise EngineError(f"the model fails on {list(images.shape)}: {error}") from error
 
     def maps(self, batch: Batch) -> Tensor:
         """Maps of all contenders, [M, N, H, W], layer by layer and in it method by method."""
